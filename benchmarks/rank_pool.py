@@ -1,0 +1,130 @@
+"""Persistent gloo ranks on this machine: started once, then a call costs a pipe's round trip.
+
+A failing rank's traceback reaches the caller; a rank that hangs is given up after a timeout, and the pool with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+class RankError(RuntimeError):
+    """A rank raised, died or did not answer."""
+
+
+class RankPool:
+    """``size`` processes in one gloo group, each ready to run functions.
+
+    Args:
+        size: number of ranks.
+        timeout: seconds that a collective, or a whole call, may take.
+        threads: torch threads a rank.
+    """
+
+    def __init__(self, size: int, timeout: float = 120.0, threads: int = 1):
+        context = mp.get_context("spawn")
+        port = _free_port()
+        self.size = size
+        self._timeout = timeout
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, size, port, timeout, threads), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        self.run(_ready)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Run a module-level function on every rank; returns the results in rank order.
+
+        Raises:
+            RankError: with the traceback of the first rank that failed.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, args, kwargs))
+        results: dict[int, Any] = {}
+        pending = dict(zip(self._pipes, range(self.size)))
+        while pending:
+            ready = wait(list(pending), timeout=self._timeout)
+            if not ready:
+                self.close()
+                raise RankError(f"ranks {sorted(pending.values())} did not answer within {self._timeout} s")
+            for pipe in ready:
+                rank = pending.pop(pipe)  # type: ignore[arg-type]
+                try:
+                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    ok, value = False, "the process died"
+                if not ok:
+                    self.close()  # the other ranks may hang in a collective
+                    raise RankError(f"rank {rank} of {self.size}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(self.size)]
+
+    @property
+    def alive(self) -> bool:
+        """Whether the pool can take a call."""
+        return bool(self._processes)
+
+    def close(self) -> None:
+        """End the ranks."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._processes = []
+
+
+def _serve(pipe: Connection, rank: int, size: int, port: int, timeout: float, threads: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS=str(threads),
+    )
+    # DeepSpeed reports its memory on stdout at every initialize; results come through the pipe.
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    warnings.simplefilter("ignore", FutureWarning)
+    import torch
+
+    import ds_lowrank
+
+    torch.set_num_threads(threads)
+    ds_lowrank.prepare_cpu()
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=timeout), verbose=False)
+    while True:
+        try:
+            function, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _ready() -> None:
+    """Answer, once the group is up."""
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

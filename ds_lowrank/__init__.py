@@ -1,0 +1,23 @@
+"""Low-rank optimizers (SARA, GaLore) that work under DeepSpeed ZeRO."""
+
+from ds_lowrank.config import LowRankConfig
+from ds_lowrank.integrations.deepspeed import check_deepspeed_config, deepspeed_optimizer, prepare_cpu
+from ds_lowrank.integrations.transformers import LowRankCallback, metrics, trainer_optimizer
+from ds_lowrank.layouts import LayoutError
+from ds_lowrank.optimizer import LowRankAdamW
+from ds_lowrank.param_groups import param_groups, projected_names
+
+__all__ = [
+    "LayoutError",
+    "LowRankAdamW",
+    "LowRankCallback",
+    "LowRankConfig",
+    "check_deepspeed_config",
+    "deepspeed_optimizer",
+    "metrics",
+    "param_groups",
+    "prepare_cpu",
+    "projected_names",
+    "trainer_optimizer",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,205 @@
+"""One validated set of options <-> the ``"lowrank"`` block of a DeepSpeed JSON <-> command-line flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_lowrank.subspace.basis import MOMENT_POLICIES
+from ds_lowrank.subspace.selection import SELECTIONS
+from ds_lowrank.subspace.sides import PROJ_TYPES
+
+BLOCK = "lowrank"
+GRAM_DTYPES = ("auto", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class LowRankConfig:
+    """Options of the low-rank optimizer, checked at construction.
+
+    Attributes:
+        rank: r, dimension of the subspace of each projected matrix.
+        rank_pattern: regular expression on the parameter's name -> its own rank; the first match wins.
+        update_proj_gap: τ, optimizer steps between two refreshes of a matrix.
+        scale: α, factor on the low-rank update (GaLore's scale).
+        proj_type: ``std`` (project the shorter dimension), ``reverse_std``, ``right``, ``left``.
+        selection: ``importance`` (SARA), ``dominant`` (GaLore), ``uniform``, ``random``.
+        moments: at a refresh, ``keep`` the first moment as it is (GaLore) or ``project`` it onto the new basis.
+        optim_target_modules: which modules' weights are projected, in the HF Trainer's form: ``all-linear``, one
+            regular expression on the module's whole name, or a list of names or parts of names.
+        seed: key of the sampler, beside the parameter's name and the refresh index.
+        stagger: spread the refreshes over the period in waves (True), or all at once as the papers do (False).
+        wave_size: matrices in a wave.
+        gram_dtype: ``float32``, ``float64``, or ``auto``: float64 on a CPU, float32 elsewhere.
+        lr, betas, eps, weight_decay: of AdamW; ``None`` leaves them to ``TrainingArguments`` or the optimizer's
+            defaults.
+
+    Raises:
+        ValueError: naming the option, the value and what is allowed.
+    """
+
+    rank: int = 128
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    update_proj_gap: int = 200
+    scale: float = 0.25
+    proj_type: str = "std"
+    selection: str = "importance"
+    moments: str = "keep"
+    optim_target_modules: str | list[str] = "all-linear"
+    seed: int = 0
+    stagger: bool = True
+    wave_size: int = 8
+    gram_dtype: str = "auto"
+    lr: float | None = None
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("rank", "update_proj_gap", "wave_size"):
+            _require_positive_int(option, getattr(self, option))
+        if not isinstance(self.rank_pattern, Mapping):
+            raise ValueError(f"lowrank.rank_pattern must map patterns to ranks, got {self.rank_pattern!r}")
+        for pattern, rank in self.rank_pattern.items():
+            _require_pattern("rank_pattern", pattern)
+            _require_positive_int(f"rank_pattern[{pattern!r}]", rank)
+        for option, allowed in (
+            ("proj_type", PROJ_TYPES),
+            ("selection", SELECTIONS),
+            ("moments", MOMENT_POLICIES),
+            ("gram_dtype", GRAM_DTYPES),
+        ):
+            _require_choice(option, getattr(self, option), allowed)
+        if not isinstance(self.stagger, bool):
+            raise ValueError(f"lowrank.stagger must be true or false, got {self.stagger!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"lowrank.seed must be an integer, got {self.seed!r}")
+        if not _is_number(self.scale) or self.scale <= 0:
+            raise ValueError(f"lowrank.scale must be a number above 0, got {self.scale!r}")
+        self._check_targets()
+        self._check_adamw()
+
+    def _check_targets(self) -> None:
+        targets = self.optim_target_modules
+        if isinstance(targets, str):
+            if not targets:
+                raise ValueError("lowrank.optim_target_modules is empty: name modules, or use 'all-linear'")
+            if targets != "all-linear":
+                _require_pattern("optim_target_modules", targets)
+        elif not (isinstance(targets, (list, tuple)) and targets and all(isinstance(t, str) and t for t in targets)):
+            raise ValueError(
+                "lowrank.optim_target_modules must be 'all-linear', a regular expression or a non-empty list of "
+                f"module names, got {targets!r}"
+            )
+        else:
+            for target in targets:
+                if target != "all-linear":
+                    _require_pattern("optim_target_modules", target)
+
+    def _check_adamw(self) -> None:
+        check_adamw(self.lr, self.betas, self.eps, self.weight_decay, where="lowrank.")
+        if self.betas is not None:  # JSON has lists; a tuple compares and hashes
+            object.__setattr__(self, "betas", tuple(self.betas))
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> LowRankConfig:
+        """Build from a plain mapping. An unknown key is refused, with the nearest known one in the message."""
+        if not isinstance(options, Mapping):
+            raise ValueError(f'the "{BLOCK}" block must be a mapping of options, got {options!r}')
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in options:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"unknown option lowrank.{key}{hint} Known options: {', '.join(known)}")
+        return cls(**options)
+
+    @classmethod
+    def from_deepspeed(cls, config: str | Path | Mapping[str, Any]) -> LowRankConfig:
+        """Read the ``"lowrank"`` block of a DeepSpeed configuration (path of a JSON file, or its content).
+
+        DeepSpeed ignores top-level blocks that it does not know, so the block may live in its file. A missing block
+        means the defaults.
+        """
+        return cls.from_dict(load_json(config).get(BLOCK, {}))
+
+    def replace(self, **overrides: Any) -> LowRankConfig:
+        """Copy with some options replaced, checked again; unknown names are refused as in :meth:`from_dict`."""
+        return self.from_dict({**self.to_dict(), **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mapping that :meth:`from_dict` reads back."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def rank_of(self, name: str) -> int:
+        """Configured rank of the parameter called ``name``, before it is clamped to the parameter's shape."""
+        for pattern, rank in self.rank_pattern.items():
+            if re.search(pattern, name):
+                return rank
+        return self.rank
+
+
+def load_json(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Content of a DeepSpeed configuration given as a mapping or as the path of a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not a JSON object.
+    """
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    if not path.is_file():
+        raise FileNotFoundError(f"DeepSpeed configuration {str(path)!r} does not exist")
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"DeepSpeed configuration {str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"DeepSpeed configuration {str(path)!r} must hold a JSON object")
+    return content
+
+
+def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any, where: str = "") -> None:
+    """Check AdamW's hyper-parameters; ``None`` stands for "not set" and passes.
+
+    Raises:
+        ValueError: naming the option, the value and what is allowed.
+    """
+    if lr is not None and not (_is_number(lr) and lr >= 0):
+        raise ValueError(f"{where}lr must be a number >= 0, got {lr!r}")
+    if betas is not None and not (
+        isinstance(betas, (list, tuple)) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
+    ):
+        raise ValueError(f"{where}betas must be two numbers in [0, 1), got {betas!r}")
+    if eps is not None and not (_is_number(eps) and eps > 0):
+        raise ValueError(f"{where}eps must be a number above 0, got {eps!r}")
+    if weight_decay is not None and not (_is_number(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"{where}weight_decay must be a number >= 0, got {weight_decay!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _require_positive_int(option: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"lowrank.{option} must be an integer >= 1, got {value!r}")
+
+
+def _require_choice(option: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"lowrank.{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _require_pattern(option: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"lowrank.{option}: {pattern!r} is not a regular expression: {error}") from error

@@ -1,0 +1,1 @@
+"""What a user calls: DeepSpeed and the HF Trainer."""

@@ -1,0 +1,200 @@
+"""DeepSpeed: a configuration checked before anything starts, and an optimizer for ``deepspeed.initialize``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_lowrank.config import LowRankConfig, load_json
+from ds_lowrank.optimizer import LowRankAdamW
+from ds_lowrank.param_groups import param_groups
+
+# The range that the layout's private attributes were checked against; scripts test the ends of it.
+OLDEST, TOO_NEW = (0, 16), (0, 20)
+
+
+def deepspeed_optimizer(
+    model: nn.Module,
+    deepspeed_config: str | Path | Mapping[str, Any],
+    *,
+    lr: float | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    ranks: int | None = None,
+) -> LowRankAdamW:
+    """Optimizer for ``deepspeed.initialize(model=model, optimizer=..., config=deepspeed_config)``.
+
+    Args:
+        model: the model, before ``initialize``.
+        deepspeed_config: the same JSON file or mapping that ``initialize`` gets; its ``"lowrank"`` block holds the
+            options, which win over the arguments below.
+        lr, betas, eps, weight_decay: of AdamW, where the block does not set them.
+        ranks: data-parallel ranks; ``None`` asks torch.distributed, so call ``deepspeed.init_distributed()`` first.
+
+    Raises:
+        ValueError: the configuration or an option is not supported, see :func:`check_deepspeed_config`.
+        FileNotFoundError: no such file.
+    """
+    content = check_deepspeed_config(deepspeed_config)
+    if content.get("zero_allow_untested_optimizer") is not True:
+        raise ValueError(
+            'set "zero_allow_untested_optimizer": true at the top level of the configuration: DeepSpeed refuses '
+            "optimizers that it does not ship without it"
+        )
+    config = LowRankConfig.from_deepspeed(content)
+    return build_optimizer(
+        model, config, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, ranks=ranks
+    )
+
+
+def build_optimizer(
+    model: nn.Module, config: LowRankConfig, adamw: Mapping[str, Any], *, ranks: int | None = None
+) -> LowRankAdamW:
+    """Optimizer for a model from one configuration.
+
+    Args:
+        model: the model, before any sharding.
+        config: the options; its ``lr``, ``betas``, ``eps`` and ``weight_decay`` win over ``adamw`` where set.
+        adamw: AdamW's hyper-parameters by name; ``None`` or missing means the optimizer's default.
+        ranks: see :func:`ds_lowrank.param_groups`.
+    """
+    settings = {}
+    for key in ("lr", "betas", "eps", "weight_decay"):
+        own = getattr(config, key)
+        value = adamw.get(key) if own is None else own
+        if value is not None:
+            settings[key] = value
+    groups = param_groups(model, config, ranks=ranks, weight_decay=settings.get("weight_decay", 0.0))
+    return LowRankAdamW(
+        groups,
+        **settings,
+        update_proj_gap=config.update_proj_gap,
+        scale=config.scale,
+        proj_type=config.proj_type,
+        selection=config.selection,
+        moments=config.moments,
+        seed=config.seed,
+        stagger=config.stagger,
+        wave_size=config.wave_size,
+        gram_dtype=config.gram_dtype,
+    )
+
+
+def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse what is not supported before anything is started.
+
+    Args:
+        config: path of a DeepSpeed JSON file, or its content. ``"auto"`` values of the HF Trainer pass.
+
+    Returns:
+        The content.
+
+    Raises:
+        ValueError: naming the setting and what to change; also for an unknown option in the ``"lowrank"`` block and
+            for a DeepSpeed outside the supported range.
+        FileNotFoundError: no such file.
+    """
+    _check_version(importlib.metadata.version("deepspeed"))
+    content = load_json(config)
+    if "optimizer" in content:
+        raise ValueError(
+            'the DeepSpeed configuration has an "optimizer" block beside the low-rank optimizer: remove the block; lr, '
+            'betas, eps and weight_decay go into the "lowrank" block or the Trainer\'s arguments'
+        )
+    zero = content.get("zero_optimization", {})
+    if not isinstance(zero, Mapping):
+        raise ValueError('"zero_optimization" must be a block with a "stage"')
+    _check_stage(zero)
+    _check_offload(zero)
+    for key, what in (
+        ("round_robin_gradients", "links fragments in another order than it stores them"),
+        ("elastic_checkpoint", "cannot save the state of a foreign optimizer"),
+    ):
+        if zero.get(key) is True:
+            raise ValueError(f"zero_optimization.{key} = true is not supported: it {what}. Set it to false")
+    if zero.get("zenflow") is not None:
+        raise ValueError("zero_optimization.zenflow is not supported: it needs its own optimizer. Remove the block")
+    for name, degree in (
+        ("tensor_parallel", "autotp_size"),
+        ("expert_parallel", "autoep_size"),
+        ("pipeline", "stages"),
+    ):
+        part = content.get(name)
+        size = part.get(degree, 1) if isinstance(block, Mapping) else 1
+        if isinstance(size, int) and size > 1:
+            raise ValueError(
+                f"{name}.{degree} = {size} is not supported: it cuts matrices before ZeRO does. Remove the block"
+            )
+    if isinstance(content.get("compile"), Mapping) and content["compile"].get("deepcompile"):
+        raise ValueError("compile.deepcompile = true is not supported: it replaces ZeRO's gradient handling")
+    _check_precision(content)
+    LowRankConfig.from_deepspeed(content)
+    return content
+
+
+def prepare_cpu() -> None:
+    """Make DeepSpeed start on a machine without a GPU without compiling anything.
+
+    DeepSpeed's CPU backend builds a shared-memory extension at its first start (about a minute, and a C++ compiler);
+    gloo serves without it. Call before ``torch.distributed`` is initialised; does nothing where there is a GPU.
+    """
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if compatible is not None:
+        compatible["deepspeed_shm_comm"] = False
+
+
+def _check_version(installed: str) -> None:
+    release = tuple(int(part) for part in installed.split("+")[0].split(".")[:2])
+    if not OLDEST <= release < TOO_NEW:
+        raise ValueError(
+            f"DeepSpeed {installed} is outside the supported range: install deepspeed>={_dotted(OLDEST)},"
+            f"<{_dotted(TOO_NEW)}"
+        )
+
+
+def _check_stage(zero: Mapping[str, Any]) -> None:
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2):
+        raise ValueError(f"zero_optimization.stage = {stage!r} is not supported yet: set it to 1 or 2")
+
+
+def _check_offload(zero: Mapping[str, Any]) -> None:
+    offload = zero.get("offload_optimizer")
+    device = (offload or {}).get("device", "none") if isinstance(offload, Mapping) else "none"
+    if device == "nvme":
+        raise ValueError('zero_optimization.offload_optimizer.device = "nvme" is not supported: use "cpu"')
+
+
+def _check_precision(content: Mapping[str, Any]) -> None:
+    fp16 = content.get("fp16", {})
+    if isinstance(fp16, Mapping) and fp16.get("enabled") is True and not torch.cuda.is_available():
+        raise ValueError("fp16 needs a GPU: DeepSpeed refuses it on a CPU. Use bf16 or fp32")
+    bf16 = content.get("bf16", {})
+    if isinstance(bf16, Mapping) and bf16.get("bf16_master_weights_and_grads"):
+        raise ValueError(
+            "bf16.bf16_master_weights_and_grads = true is not supported yet: without an fp32 master copy small updates "
+            "are lost to rounding. Remove it"
+        )
+    offload = content.get("zero_optimization", {}).get("offload_optimizer")
+    offloads = isinstance(offload, Mapping) and offload.get("device", "none") != "none"
+    if offloads and content.get("zero_force_ds_cpu_optimizer", True) is not False:
+        raise ValueError(
+            'offload_optimizer with another optimizer than DeepSpeed\'s own needs "zero_force_ds_cpu_optimizer": false '
+            "at the top level of the configuration"
+        )
+
+
+def _dotted(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))

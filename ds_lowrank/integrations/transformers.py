@@ -1,0 +1,167 @@
+"""The HF Trainer: one argument, one callback, and figures for its logs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from ds_lowrank.config import LowRankConfig
+from ds_lowrank.integrations.deepspeed import build_optimizer, check_deepspeed_config
+from ds_lowrank.optimizer import LowRankAdamW, construction_checks
+from ds_lowrank.report import make_report, print_report
+
+_trainer_builds: ContextVar[bool] = ContextVar("_trainer_builds", default=False)
+
+
+def trainer_optimizer(
+    config: LowRankConfig | Mapping[str, Any] | None = None, args: Any = None
+) -> tuple[type, dict[str, Any]]:
+    """Value for ``Trainer(..., optimizer_cls_and_kwargs=ds_lowrank.trainer_optimizer(...))``.
+
+    Args:
+        config: the options, as a configuration or as a mapping of its fields. ``None`` reads the ``"lowrank"`` block
+            of the DeepSpeed JSON that the Trainer was given, or takes the defaults without one.
+        args: the ``TrainingArguments``. ``None`` takes those of the Trainer that builds the optimizer.
+
+    Learning rate, weight decay, betas and eps come from the ``TrainingArguments`` unless the configuration sets them.
+
+    Raises:
+        ValueError: an option is unknown or out of range. What depends on the model or on DeepSpeed is checked when
+            the Trainer builds the optimizer, before the first step.
+    """
+    if config is not None and not isinstance(config, LowRankConfig):
+        config = LowRankConfig.from_dict(config)
+    return _Factory, {"config": config, "args": args}
+
+
+class _Factory:
+    """What the Trainer instantiates and calls with the model, before any sharding, with the real names."""
+
+    def __call__(self, model: nn.Module, config: LowRankConfig | None, args: Any) -> LowRankAdamW:
+        if args is None:
+            args = _calling_trainers_args()
+        deepspeed_config = _active_deepspeed_config()
+        if deepspeed_config is not None:
+            check_deepspeed_config(deepspeed_config)
+            config = config or LowRankConfig.from_deepspeed(deepspeed_config)
+        elif torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                f"{torch.distributed.get_world_size()} ranks without DeepSpeed are not supported yet: pass "
+                "--deepspeed with a ZeRO-1 or ZeRO-2 configuration, or use one process"
+            )
+        adamw = {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "weight_decay": args.weight_decay,
+        }
+        with _built_by_trainer():
+            return build_optimizer(model, config or LowRankConfig(), adamw)
+
+
+class LowRankCallback(TrainerCallback):
+    """Finds and verifies the layout before the first step and prints what is projected and what it costs.
+
+    Raises, on all ranks: ``ValueError`` when nothing is projected or when the Trainer runs another optimizer,
+    ``LayoutError`` when the sharding is not supported.
+    """
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):  # noqa: D102
+        report = make_report(_unwrap(optimizer))
+        if args.process_index == 0:
+            print_report(report)
+
+
+def metrics(optimizer: Any) -> dict[str, float]:
+    """What the refreshes since the last call did, over all ranks. Collective: every rank calls it at the same step.
+
+    Args:
+        optimizer: a :class:`LowRankAdamW` or what accelerate or DeepSpeed wrapped it in.
+
+    Returns:
+        ``lowrank/refreshes`` (matrices refreshed), ``lowrank/refresh_seconds`` (of the slowest rank),
+        ``lowrank/captured_energy`` (mean share of ‖G‖² inside the new subspaces) and ``lowrank/overlap`` (mean
+        ‖BᵀB'‖²/r with the subspaces before); keys are absent where nothing happened.
+    """
+    inner = _unwrap(optimizer)
+    stats = inner.take_stats()
+    comm = inner.comm
+    decomposed, captured, overlap, overlaps = comm.sum(
+        [stats.decomposed, stats.captured, stats.overlap, stats.overlaps]
+    )
+    seconds = max(comm.gather_objects(stats.seconds))
+    found: dict[str, float] = {}
+    if decomposed:
+        found["lowrank/refreshes"] = decomposed
+        found["lowrank/refresh_seconds"] = round(seconds, 4)
+        found["lowrank/captured_energy"] = round(captured / decomposed, 4)
+    if overlaps:
+        found["lowrank/overlap"] = round(overlap / overlaps, 4)
+    return found
+
+
+def _unwrap(optimizer: Any) -> LowRankAdamW:
+    seen = optimizer
+    while seen is not None and not isinstance(seen, LowRankAdamW):
+        seen = getattr(seen, "optimizer", None)
+    if seen is None:
+        raise ValueError(
+            f"the run uses {type(optimizer).__name__} and not LowRankAdamW. Give the Trainer "
+            "optimizer_cls_and_kwargs=ds_lowrank.trainer_optimizer(...); under DeepSpeed it silently replaces what "
+            "comes by optimizers=(optimizer, None)"
+        )
+    return seen
+
+
+def _calling_trainers_args() -> Any:
+    """Arguments of the Trainer that is building the optimizer.
+
+    The Trainer hands a factory the model and nothing else, so they are read from the frame that calls it.
+    """
+    frame = sys._getframe(2)
+    args = getattr(frame.f_locals.get("self"), "args", None)
+    if not hasattr(args, "learning_rate"):
+        raise ValueError(
+            "the TrainingArguments cannot be found from here: pass them, "
+            "ds_lowrank.trainer_optimizer(config, args=training_args)"
+        )
+    return args
+
+
+def _active_deepspeed_config() -> dict[str, Any] | None:
+    from transformers.integrations import deepspeed as integration
+
+    return integration.deepspeed_config()
+
+
+@contextmanager
+def _built_by_trainer() -> Iterator[None]:
+    token = _trainer_builds.set(True)
+    try:
+        yield
+    finally:
+        _trainer_builds.reset(token)
+
+
+def _refuse_what_the_trainer_would_drop() -> None:
+    """Under DeepSpeed the Trainer replaces ``optimizers=(optimizer, None)`` by AdamW without a word: stop here."""
+    integration = sys.modules.get("transformers.integrations.deepspeed")
+    reference = getattr(integration, "_hf_deepspeed_config_weak_ref", None)
+    if reference is None or _trainer_builds.get():
+        return
+    if type(reference()).__name__ == "HfTrainerDeepSpeedConfig":
+        raise ValueError(
+            "a LowRankAdamW made by hand does not reach a Trainer that runs DeepSpeed: it silently replaces "
+            "optimizers=(optimizer, None) by AdamW. Use "
+            "Trainer(..., optimizer_cls_and_kwargs=ds_lowrank.trainer_optimizer(config))"
+        )
+
+
+construction_checks.append(_refuse_what_the_trainer_would_drop)

@@ -1,0 +1,109 @@
+"""DeepSpeed ZeRO-1 and ZeRO-2: a slice of one long flat buffer a parameter group.
+
+Serves DeepSpeedZeroOptimizer (stages 1 and 2, with and without CPU offload) and BF16_Optimizer (which stage 1 uses for
+bf16 weights with fp32 accumulation). Both replace the parameters of a group by this rank's flat partition and link
+every model parameter to its fragment of it; the fragments' addresses are trusted, never a running sum, because
+DeepSpeed may pad between parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_lowrank.layouts.base import Group, LayoutError, Member, Piece, Ranks
+
+
+def is_zero12(members: Sequence[Member]) -> bool:
+    """Whether DeepSpeed has linked these parameters to flat partitions."""
+    return any(hasattr(m.parameter, "_hp_mapping") for m in members)
+
+
+class ZeroLayout:
+    """Pieces of parameters in the flat partitions of DeepSpeed's stages 1 and 2."""
+
+    kind = "ZeRO-1/2"
+
+    def __init__(self, members: Sequence[Member], groups: Sequence[Group]):
+        self._flats: list[Tensor] = [_only_partition(g) for g in groups]
+        self._fragments: dict[str, tuple[Tensor, int, int]] = {}
+        self._members = {m.name: m for m in members}
+        self.pieces: dict[str, Piece] = {}
+        for m in members:
+            _refuse_parallelism(m)
+            mapping = getattr(m.parameter, "_hp_mapping", None)
+            if mapping is None:  # this rank holds nothing of it
+                continue
+            flat = self._flats[m.group]
+            address, source = mapping.hp_fragment_address, mapping.lp_fragment_address
+            inside = flat.data_ptr() + address.start * flat.element_size()
+            if mapping.hp_fragment.data_ptr() != inside:
+                raise LayoutError(
+                    f"{m.name} {m.shape}: DeepSpeed {version('deepspeed')} links it to a buffer that is not partition "
+                    f"{m.group} of the optimizer. Was a parameter group added or removed after initialize()?"
+                )
+            self._fragments[m.name] = (flat, address.start, address.numel)
+            self.pieces[m.name] = Piece(source.start, source.start + source.numel)
+        self.ranks = _ranks(members)
+
+    def weight(self, name: str) -> Tensor:  # noqa: D102
+        flat, start, numel = self._fragments[name]
+        return flat.data.narrow(0, start, numel)
+
+    def grad(self, name: str) -> Tensor | None:  # noqa: D102
+        flat, start, numel = self._fragments[name]
+        return None if flat.grad is None else flat.grad.narrow(0, start, numel)
+
+    def flat_params(self, group: int) -> list[Tensor]:  # noqa: D102
+        return [self._flats[group]]
+
+    def mismatch(self) -> str | None:  # noqa: D102
+        for name, piece in self.pieces.items():
+            model = self._members[name].parameter.data.reshape(-1)[piece.start : piece.stop]
+            master = self.weight(name).to(device=model.device, dtype=model.dtype)
+            if not torch.equal(master, model):
+                return (
+                    f"{name} {self._members[name].shape}: the fragment that DeepSpeed {version('deepspeed')} links does "
+                    'not hold its weights. "round_robin_gradients": true does this; set it to false'
+                )
+        return None
+
+
+def _only_partition(group: Group) -> Tensor:
+    params = group["params"]
+    if len(params) != 1 or params[0].ndim != 1:
+        raise LayoutError(
+            f"parameter group {group.get('name', '?')!r} holds {len(params)} tensors where DeepSpeed's stages 1 and 2 "
+            "put one flat partition: this stage or optimizer wrapper is not supported"
+        )
+    return params[0]
+
+
+def _refuse_parallelism(member: Member) -> None:
+    parameter: Any = member.parameter
+    for attribute, value, what in (
+        ("allreduce", False, "an expert-parallel (MoE) parameter"),
+        ("model_parallel", True, "a model-parallel parameter"),
+        ("tensor_model_parallel", True, "a tensor-parallel parameter"),
+    ):
+        if getattr(parameter, attribute, not value) == value:
+            raise LayoutError(
+                f"{member.name} {member.shape} is {what}: ds_lowrank supports data parallelism under ZeRO-1/2 only. "
+                "Turn that parallelism off, or train with another optimizer"
+            )
+
+
+def _ranks(members: Sequence[Member]) -> Ranks:
+    dist = torch.distributed
+    process_group = next(m.parameter._dp_group for m in members if hasattr(m.parameter, "_dp_group"))
+    size = dist.get_world_size(process_group)
+    if size != dist.get_world_size():
+        raise LayoutError(
+            f"the data-parallel group has {size} of {dist.get_world_size()} ranks: tensor, pipeline and expert "
+            "parallelism are not supported beside ZeRO-1/2"
+        )
+    return Ranks(process_group, dist.get_rank(process_group), size, members[0].parameter.device)

@@ -1,0 +1,135 @@
+"""What an optimizer will do, in numbers: what is projected, what is not, what it costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from ds_lowrank.optimizer import LowRankAdamW
+from ds_lowrank.rows import MatrixPlan
+from ds_lowrank.step import work_dtype
+
+
+@dataclass(frozen=True)
+class Report:
+    """Numbers of one optimizer on one rank's view; all ranks compute the same.
+
+    Attributes:
+        layout: kind of sharding found.
+        ranks: data-parallel ranks.
+        projected: (m, n, r) -> number of matrices.
+        projected_numel: weights in projected matrices.
+        full_rank: names and shapes of the parameters that are not projected.
+        full_rank_numel: weights in them.
+        cut: projected matrices that a boundary between ranks cuts.
+        state_bytes: optimizer state of each rank: moments, bases, and AdamW's moments of the rest.
+        adamw_bytes: what full-rank AdamW would hold on each rank under the same sharding.
+        gap, selection: as configured.
+    """
+
+    layout: str
+    ranks: int
+    projected: dict[tuple[int, int, int], int]
+    projected_numel: int
+    full_rank: list[tuple[str, tuple[int, ...]]]
+    full_rank_numel: int
+    cut: int
+    state_bytes: list[int]
+    adamw_bytes: list[int]
+    gap: int
+    selection: str
+
+
+def make_report(optimizer: LowRankAdamW) -> Report:
+    """Describe an optimizer. Collective at its first call: it finds the layout.
+
+    Raises:
+        ValueError: nothing is projected.
+        ds_lowrank.LayoutError: the sharding is not supported.
+    """
+    layout, plans = optimizer.layout, optimizer.plans
+    if not plans:
+        raise ValueError("nothing is projected: check optim_target_modules, or train with plain AdamW")
+    ranks = layout.ranks.size
+    names = {p.name for p in plans}
+    itemsize = {m.name: work_dtype(m.parameter.dtype).itemsize for m in optimizer.members}
+    rest = [m for m in optimizer.members if m.name not in names]
+    low = [sum(_state_numel(p, k) * itemsize[p.name] for p in plans) for k in range(ranks)]
+    held = [sum(_held(p, k) * itemsize[p.name] for p in plans) for k in range(ranks)]
+    # The groups of full-rank parameters are cut evenly, whatever they hold.
+    full = -(-sum(2 * m.parameter.numel() * itemsize[m.name] for m in rest) // ranks)
+    return Report(
+        layout=layout.kind,
+        ranks=ranks,
+        projected=dict(Counter((*p.shape, p.rank) for p in plans)),
+        projected_numel=sum(p.shape[0] * p.shape[1] for p in plans),
+        full_rank=[(m.name, m.shape) for m in rest],
+        full_rank_numel=sum(m.parameter.numel() for m in rest),
+        cut=sum(p.cut for p in plans),
+        state_bytes=[state + full for state in low],
+        adamw_bytes=[2 * numel + full for numel in held],
+        gap=plans[0].gap,
+        selection=optimizer.config.selection,
+    )
+
+
+def measured_state_bytes(optimizer: LowRankAdamW) -> int:
+    """Bytes of the optimizer state that this rank holds now, counted over unique storages."""
+    storages: dict[int, int] = {}
+
+    def count(value: object) -> None:
+        if isinstance(value, dict):
+            for inner in value.values():
+                count(inner)
+        elif hasattr(value, "untyped_storage"):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+
+    count(dict(optimizer.state))
+    return sum(storages.values())
+
+
+def print_report(report: Report, console: Console | None = None, most_names: int = 6) -> None:
+    """Print a report as the table that a run shows before its first step."""
+    console = console or Console(width=110, highlight=False)
+    table = Table(title=f"ds_lowrank: {report.selection} subspaces, refreshed every {report.gap} steps", min_width=76)
+    table.add_column("projected matrices")
+    for heading in ("count", "rank", "weights"):
+        table.add_column(heading, justify="right")
+    for (m, n, r), count in report.projected.items():
+        table.add_row(f"{m} x {n}", str(count), str(r), f"{m * n * count:,}")
+    table.add_row("all", str(sum(report.projected.values())), "", f"{report.projected_numel:,}", style="bold")
+    console.print(table)
+    names = [f"{name} {shape}" for name, shape in report.full_rank[:most_names]]
+    more = len(report.full_rank) - len(names)
+    console.print(
+        f"not projected (AdamW): {len(report.full_rank)} parameters, {report.full_rank_numel:,} weights: "
+        + ", ".join(names)
+        + (f", and {more} more" if more > 0 else "")
+    )
+    ours, adamw = max(report.state_bytes), max(report.adamw_bytes)
+    console.print(
+        f"optimizer state per rank: {_mib(ours)} MiB, AdamW under the same sharding: {_mib(adamw)} MiB "
+        f"(ratio {ours / adamw:.3f})"
+    )
+    console.print(
+        f"layout: {report.layout} on {report.ranks} rank{'s' * (report.ranks > 1)}; matrices cut by a boundary between "
+        f"ranks: {report.cut}; weights verified"
+    )
+
+
+def _state_numel(plan: MatrixPlan, rank: int) -> int:
+    share = plan.shares[rank]
+    return 0 if share is None else (2 * share.rows + plan.short) * plan.rank
+
+
+def _held(plan: MatrixPlan, rank: int) -> int:
+    piece = plan.pieces[rank]
+    return 0 if piece is None else piece.stop - piece.start
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f}"

@@ -1,0 +1,40 @@
+"""Adam's direction (Kingma and Ba, arXiv 1412.6980; decoupled decay of AdamW, arXiv 1711.05101, is applied by lift)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def adamw_direction_(
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+) -> Tensor:
+    """N = M̂ / (√V̂ + ε), element by element.
+
+    Args:
+        gradient: R, rows × r. **Overwritten**: the returned N lies in its memory, so a step allocates nothing more.
+        exp_avg: M, rows × r, updated in place: M ← β1 M + (1−β1) R.
+        exp_avg_sq: V, rows × r, updated in place: V ← β2 V + (1−β2) R∘R.
+        step: number of this step, from 1.
+        betas: (β1, β2).
+        eps: ε, added to the bias-corrected root as in the paper. (GaLore's code adds it before the correction.)
+
+    Returns:
+        N, rows × r.
+    """
+    beta1, beta2 = betas
+    exp_avg.lerp_(gradient, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    correction1 = 1 - beta1**step
+    correction2 = 1 - beta2**step
+    # N = M / (√V · c1/√c2 + ε c1): the corrections are numbers, so they ride on passes that are made anyway.
+    denominator = torch.sqrt(exp_avg_sq, out=gradient)
+    denominator.mul_(correction1 / math.sqrt(correction2)).add_(eps * correction1)
+    return torch.div(exp_avg, denominator, out=denominator)

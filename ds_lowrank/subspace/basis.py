@@ -1,0 +1,81 @@
+"""One refresh of one matrix, from its Gram to its basis and moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_lowrank.subspace.selection import generator_for, random_basis, select
+from ds_lowrank.subspace.spectrum import fix_signs, spectrum
+
+MOMENT_POLICIES = ("keep", "project")
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A drawn subspace.
+
+    Attributes:
+        vectors: short × r, orthonormal columns, contiguous (never a view that keeps a whole decomposition alive).
+        indices: (r,) int32 on the CPU, the kept singular directions, ascending; -1 for ``random``, which keeps none.
+        captured: share of the gradient's energy ‖G‖² inside the subspace, in [0, 1].
+    """
+
+    vectors: Tensor
+    indices: Tensor
+    captured: float
+
+
+def draw_basis(
+    gram: Tensor, rank: int, selection: str, dtype: torch.dtype, *, seed: int, name: str, refresh: int
+) -> Basis | None:
+    """Select a basis from a Gram matrix.
+
+    Args:
+        gram: short × short, float32 or float64.
+        rank: r ≤ short.
+        selection: one of ``SELECTIONS``.
+        dtype: dtype of the basis.
+        seed, name, refresh: key of the draw; see :func:`generator_for`.
+
+    Returns:
+        The basis on the Gram's device, or ``None`` when the Gram is zero, not finite or not decomposable: the caller
+        keeps what it has.
+    """
+    generator = generator_for(seed, name, refresh)
+    if selection == "random":
+        energy = gram.diagonal().sum()
+        if not bool(torch.isfinite(energy)) or float(energy) <= 0.0:
+            return None
+        vectors = random_basis(gram.shape[0], rank, torch.float64, generator).to(gram)
+        captured = float((vectors * (gram @ vectors)).sum() / energy)
+        return Basis(vectors.to(dtype), torch.full((rank,), -1, dtype=torch.int32), captured)
+    decomposed = spectrum(gram)
+    if decomposed is None:
+        return None
+    sigma, vectors = decomposed
+    indices = select(sigma, rank, selection, generator)
+    on_device = indices.to(gram.device)
+    kept = fix_signs(vectors.index_select(1, on_device)).to(dtype).contiguous()
+    energy = sigma.square()
+    captured = float(energy[on_device].sum() / energy.sum())
+    return Basis(kept, indices.to(torch.int32), captured)
+
+
+def overlap(old: Tensor, new: Tensor) -> float:
+    """‖B_oldᵀ B_new‖_F² / r in [0, 1]: 1 for the same subspace, about r/short for unrelated ones (SARA, 2502.05790)."""
+    return float((old.mT @ new).square().sum() / new.shape[1])
+
+
+def carry_moments_(exp_avg: Tensor, old: Tensor, new: Tensor, policy: str) -> None:
+    """What becomes of the first moment (rows × r) when the basis changes from ``old`` to ``new`` (short × r each).
+
+    ``keep`` leaves it as it is (GaLore's code, SARA); ``project`` re-expresses it, M ← M B_oldᵀ B_new, the second
+    moment kept (GoLore, arXiv 2410.11289). The step counter is never reset.
+    """
+    if policy == "project":
+        exp_avg.copy_(exp_avg @ (old.mT @ new))
+    elif policy != "keep":
+        raise ValueError(f"moments {policy!r} is unknown: use one of {', '.join(MOMENT_POLICIES)}")

@@ -1,0 +1,57 @@
+"""The products of a step: Gram, project, lift-and-decay (ALGORITHMS of GaLore, arXiv 2403.03507, algorithm 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rows of a gradient that are widened to the Gram's dtype at once: no full-size copy is ever made.
+_GRAM_CHUNK_ROWS = 2048
+
+
+def gram(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """AᵀA, the sum over the rows of A of their outer products.
+
+    Args:
+        a: rows × short, any float dtype and strides.
+        dtype: dtype of the product and its accumulation.
+
+    Returns:
+        short × short in ``dtype``. Grams of disjoint blocks of rows add up to the Gram of the whole.
+    """
+    out = torch.zeros(a.shape[1], a.shape[1], dtype=dtype, device=a.device)
+    for block in a.split(_GRAM_CHUNK_ROWS):
+        wide = block.to(dtype)
+        out.addmm_(wide.mT, wide)
+    return out
+
+
+def project(a: Tensor, basis: Tensor) -> Tensor:
+    """R = A B.
+
+    Args:
+        a: rows × short, any float dtype.
+        basis: short × r; its dtype is the dtype of the product.
+
+    Returns:
+        rows × r in the basis' dtype.
+    """
+    return a.to(basis.dtype) @ basis
+
+
+def lift_(a: Tensor, direction: Tensor, basis: Tensor, step_size: float, keep: float) -> None:
+    """A ← keep · A − step_size · N Bᵀ, in place.
+
+    Args:
+        a: rows × short, the weights (or an update buffer), any float dtype and strides.
+        direction: N, rows × r.
+        basis: B, short × r, the dtype of ``direction``.
+        step_size: learning rate times scale.
+        keep: 1 − learning rate · weight decay; 0 overwrites ``a`` (its old content is not read, NaN included).
+
+    A dtype narrower than the basis' is computed in the basis' dtype and rounded to nearest once.
+    """
+    if a.dtype == basis.dtype:
+        a.addmm_(direction, basis.mT, beta=keep, alpha=-step_size)
+    else:
+        a.copy_(torch.addmm(a.to(basis.dtype), direction, basis.mT, beta=keep, alpha=-step_size))
