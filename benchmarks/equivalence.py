@@ -111,7 +111,7 @@ def anchor_row(steps: int = 10, gap: int = 4, rank: int = 16) -> Row:
     start = {name: 0.02 * torch.randn(shape) for name, shape in shapes.items()}  # as LLaMA initialises
     theirs = {name: torch.nn.Parameter(w.clone()) for name, w in start.items()}
     # GaLore adds ε before the bias correction, its paper (and we) after it: ε is made too small to matter.
-    adamw = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-12, "weight_decay": 0.0}
+    adamw: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-12, "weight_decay": 0.0}
     group = {"params": list(theirs.values()), "rank": rank, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
     galore = GaLoreAdamW([group], no_deprecation_warning=True, **adamw)
     for parameter in theirs.values():

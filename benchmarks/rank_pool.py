@@ -54,16 +54,16 @@ class RankPool:
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
         results: dict[int, Any] = {}
-        pending = dict(zip(self._pipes, range(self.size)))
+        pending: dict[Any, int] = dict(zip(self._pipes, range(self.size)))
         while pending:
-            ready = wait(list(pending), timeout=self._timeout)
+            ready: list[Any] = wait(list(pending), timeout=self._timeout)
             if not ready:
                 self.close()
                 raise RankError(f"ranks {sorted(pending.values())} did not answer within {self._timeout} s")
             for pipe in ready:
-                rank = pending.pop(pipe)  # type: ignore[arg-type]
+                rank = pending.pop(pipe)
                 try:
-                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                    ok, value = pipe.recv()
                 except EOFError:
                     ok, value = False, "the process died"
                 if not ok:

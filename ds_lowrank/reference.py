@@ -93,7 +93,7 @@ class Reference:
             squares, vectors = torch.linalg.eigh(gram)  # ascending
             squares, vectors = squares.flip(0), vectors.flip(1)
             squares[squares <= 8 * torch.finfo(torch.float64).eps * squares[0]] = 0
-            state["indices"] = self.select(squares.sqrt(), state["r"], generator)
+            state["indices"] = self.select(squares.sqrt()[: min(g.shape)], state["r"], generator)
             basis = vectors[:, state["indices"]]
         peaks = basis.gather(0, basis.abs().argmax(0, keepdim=True))
         basis = (basis * peaks.sign()).to(g.dtype)  # an eigenvector's sign is free: its largest entry is positive

@@ -104,6 +104,7 @@ class Refresher:
             plan.rank,
             self._selection,
             dtype,
+            candidates=min(plan.shape),
             seed=self._seed,
             name=plan.name,
             refresh=_int(state, "refreshes"),

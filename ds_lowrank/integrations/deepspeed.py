@@ -127,7 +127,7 @@ def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, 
         ("pipeline", "stages"),
     ):
         part = content.get(name)
-        size = part.get(degree, 1) if isinstance(block, Mapping) else 1
+        size = part.get(degree, 1) if isinstance(part, Mapping) else 1
         if isinstance(size, int) and size > 1:
             raise ValueError(
                 f"{name}.{degree} = {size} is not supported: it cuts matrices before ZeRO does. Remove the block"

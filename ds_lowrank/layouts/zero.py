@@ -67,8 +67,8 @@ class ZeroLayout:
             master = self.weight(name).to(device=model.device, dtype=model.dtype)
             if not torch.equal(master, model):
                 return (
-                    f"{name} {self._members[name].shape}: the fragment that DeepSpeed {version('deepspeed')} links does "
-                    'not hold its weights. "round_robin_gradients": true does this; set it to false'
+                    f"{name} {self._members[name].shape}: the fragment that DeepSpeed {version('deepspeed')} links "
+                    'does not hold its weights. "round_robin_gradients": true does this; set it to false'
                 )
         return None
 

@@ -29,15 +29,25 @@ class Basis:
 
 
 def draw_basis(
-    gram: Tensor, rank: int, selection: str, dtype: torch.dtype, *, seed: int, name: str, refresh: int
+    gram: Tensor,
+    rank: int,
+    selection: str,
+    dtype: torch.dtype,
+    *,
+    candidates: int,
+    seed: int,
+    name: str,
+    refresh: int,
 ) -> Basis | None:
     """Select a basis from a Gram matrix.
 
     Args:
         gram: short × short, float32 or float64.
-        rank: r ≤ short.
+        rank: r ≤ candidates.
         selection: one of ``SELECTIONS``.
         dtype: dtype of the basis.
+        candidates: min(m, n), how many singular directions the gradient has. The Gram of the longer side
+            (``reverse_std``) has a null space beside them, in which a decomposition's vectors are arbitrary.
         seed, name, refresh: key of the draw; see :func:`generator_for`.
 
     Returns:
@@ -51,12 +61,12 @@ def draw_basis(
             return None
         vectors = random_basis(gram.shape[0], rank, torch.float64, generator).to(gram)
         captured = float((vectors * (gram @ vectors)).sum() / energy)
-        return Basis(vectors.to(dtype), torch.full((rank,), -1, dtype=torch.int32), captured)
+        return Basis(vectors.to(dtype).contiguous(), torch.full((rank,), -1, dtype=torch.int32), captured)
     decomposed = spectrum(gram)
     if decomposed is None:
         return None
     sigma, vectors = decomposed
-    indices = select(sigma, rank, selection, generator)
+    indices = select(sigma[:candidates], rank, selection, generator)
     on_device = indices.to(gram.device)
     kept = fix_signs(vectors.index_select(1, on_device)).to(dtype).contiguous()
     energy = sigma.square()

@@ -1,0 +1,267 @@
+"""DeepSpeed ZeRO-1/2 on 1-4 gloo ranks: the applied update against the one-process reference."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Case, build_model, deepspeed_config, run_case
+from equivalence import BF16_OPTIMIZER, OFFLOAD, OVERLAP, PLAIN_COMM
+from rank_pool import RankError
+
+import ds_lowrank
+from ds_lowrank.optimizer import STATE_KEY
+
+EVERY_WORLD = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+THIN = {"shapes": "thin", "rank": 2}
+
+
+def check(pools, ranks: int, case: Case, tolerance: float = 1e-5, cut: bool = True) -> dict:
+    results = pools(ranks).run(run_case, case, with_free=False)
+    assert results[0]["deviation"] < tolerance
+    assert all(r["ranks_equal"] for r in results)
+    assert all(r["model_equal"] for r in results)
+    assert (results[0]["cut"] > 0) == (cut and ranks > 1)
+    return results[0]
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"stage": 1, "selection": "dominant", "moments": "project"}, id="zero1-dominant-project"),
+        pytest.param({"stage": 2}, id="zero2-importance-keep"),
+        pytest.param({"stage": 2, **THIN}, id="zero2-fewer-rows-than-ranks"),
+    ],
+)
+def test_the_update_is_the_references(pools, ranks, dtype, settings):
+    result = check(pools, ranks, Case(dtype=dtype, **settings))
+    assert result["refreshes"] >= 3
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"stage": 1, "dtype": "bf16", **BF16_OPTIMIZER}, id="bf16-optimizer"),
+        pytest.param({"stage": 2, "dtype": "bf16", **OFFLOAD}, id="zero2-offload"),
+        pytest.param({"stage": 1, **OFFLOAD}, id="zero1-offload"),
+        pytest.param({"stage": 2, "dtype": "bf16", **PLAIN_COMM}, id="scattered-gradients"),
+        pytest.param({"stage": 2, "dtype": "bf16", **OVERLAP}, id="overlap"),
+        pytest.param({"selection": "random", "moments": "project"}, id="random"),
+        pytest.param({"selection": "uniform", "proj_type": "reverse_std"}, id="reverse-side"),
+        pytest.param({"accumulation": 1, "clip": 0.0, "weight_decay": 0.0}, id="no-accumulation-clip-decay"),
+        # Layer 0 has no gradient in the first steps: unborn on every rank alike, also where it is cut.
+        pytest.param({"silent": 3, "steps": 14}, id="unborn-then-born"),
+    ],
+)
+def test_variants(pools, ranks, settings):
+    check(pools, ranks, Case(**settings), tolerance=2e-5 if settings.get("selection") == "random" else 1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_llama_sized_matrices(pools, ranks):
+    """1376×512 and 512×1376, cut mid-row: a boundary row moves for the tall, an all-to-all for the wide one."""
+    check(pools, ranks, Case(shapes="real", layers=1, rank=32, steps=5, accumulation=1))
+
+
+def test_nothing_is_cut_or_sent_when_layers_divide_by_ranks(pools):
+    for ranks, layers in ((2, 4), (3, 3), (4, 4)):
+        result = check(pools, ranks, Case(shapes="even", layers=layers), cut=False)
+        assert sum(result["sent"].values()) == 0
+
+
+def test_traffic_of_a_cut_wide_matrix(pools):
+    """Columns a rank does not hold come in and their updates go out: half of W each way on two even ranks."""
+    m, n, rank = 6, 20, 3
+    case = Case(rank=rank, steps=1, accumulation=1, zero={})
+    sent = pools(2).run(_wide_traffic, case, m, n)
+    for one in sent:
+        assert one["gradient rows"] == one["updates"] == m * n // 4 * 4  # numbers, 4 bytes each
+    owner, other = sorted(sent, key=lambda s: -s["bases"])
+    assert other["Gram matrices"] == m * m * 8
+    assert owner["bases"] == m * rank * 4
+    assert owner["Gram matrices"] == other["bases"] == 0
+
+
+def _wide_traffic(case: Case, m: int, n: int) -> dict[str, int]:
+    import deepspeed
+
+    model = torch.nn.Linear(n, m, bias=False)
+    torch.nn.init.ones_(model.weight)
+    config = {**deepspeed_config(case), "train_micro_batch_size_per_gpu": 1}
+    optimizer = ds_lowrank.deepspeed_optimizer(model, config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.backward(engine(torch.randn(30, n)).square().mean())
+    engine.step()
+    engine.destroy()
+    return dict(optimizer.comm.sent_bytes)
+
+
+def test_the_same_run_twice_is_bitwise_the_same(pools):
+    case = Case(shapes="small")
+    first, second = pools(3).run(_fingerprint, case), pools(3).run(_fingerprint, case)
+    assert first == second
+
+
+def _fingerprint(case: Case) -> str:
+    engine, optimizer = _engine(case)
+    _train(engine, case, range(6))
+    digest = hashlib.sha256()
+    for name in sorted(optimizer.layout.pieces):
+        digest.update(optimizer.layout.weight(name).detach().numpy().tobytes())
+    engine.destroy()
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeeds_own_checkpoint_resumes_bitwise(pools, stage):
+    """On the same number of ranks: state under a string key is neither cast nor lost."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = pools(3).run(_save_and_resume, Case(stage=stage, dtype="bf16"), folder)
+    assert all(resumed == straight for straight, resumed in results)
+
+
+def _save_and_resume(case: Case, folder: str) -> tuple[str, str]:
+    digests = []
+    for resume in (False, True):
+        engine, optimizer = _engine(case)
+        if resume:
+            engine.load_checkpoint(folder)
+        else:
+            _train(engine, case, range(5))
+            engine.save_checkpoint(folder)
+        _train(engine, case, range(5, 11))
+        digest = hashlib.sha256()
+        for name in sorted(optimizer.layout.pieces):
+            digest.update(optimizer.layout.weight(name).detach().numpy().tobytes())
+        for state in optimizer.state[STATE_KEY].values():
+            digest.update(repr((state["step"], state["refreshes"])).encode())
+        digests.append(digest.hexdigest())
+        engine.destroy()
+    return digests[0], digests[1]
+
+
+def test_round_robin_gradients_are_found_out_on_every_rank(pools):
+    """They link fragments to the wrong elements; the layout compares each with the model's weights first."""
+    answers = pools(3).run(_layout_error, Case(stage=2, zero={"round_robin_gradients": True}), None)
+    for text in answers:
+        assert "does not hold its weights" in text
+        assert "round_robin_gradients" in text
+
+
+def test_ranks_that_disagree_are_refused_on_every_rank(pools):
+    for text in pools(2).run(_layout_error, Case(), {"seed_rank": 1}):
+        assert "ranks [1] project other matrices, or with other options, than rank 0" in text
+
+
+def test_expert_parameters_are_refused_by_name(pools):
+    for text in pools(2).run(_layout_error, Case(), {"expert": "layers.0.1.weight"}):
+        assert "layers.0.1.weight" in text
+        assert "MoE" in text
+
+
+def test_stage_3_is_refused(pools):
+    for text in pools(2).run(_layout_error, Case(stage=3), None):
+        assert "stage 3 is not supported yet" in text
+
+
+def test_ranks_without_sharding_are_refused(pools):
+    for text in pools(2).run(_layout_error, Case(), {"no_engine": True}):
+        assert "2 ranks without sharding" in text
+
+
+def _layout_error(case: Case, trouble: dict | None) -> str:
+    """Text of the error that the first use of the layout raises, from a configuration that is not checked."""
+    trouble = trouble or {}
+    import deepspeed
+
+    from ds_lowrank.integrations.deepspeed import build_optimizer
+
+    rank = torch.distributed.get_rank()
+    options = {"rank": 3 if trouble.get("seed_rank") == rank else 4}
+    model = build_model(case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = build_optimizer(model, ds_lowrank.LowRankConfig(**options), {"lr": 0.1})
+    engine = None
+    if not trouble.get("no_engine"):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(case))
+    if "expert" in trouble:
+        dict(model.named_parameters())[trouble["expert"]].allreduce = False
+    try:
+        optimizer.ensure_state()
+    except ds_lowrank.LayoutError as error:
+        return str(error)
+    finally:
+        if engine is not None:
+            engine.destroy()
+    return "no error"
+
+
+def test_a_rank_that_raises_is_reported_with_its_traceback(pools):
+    with pytest.raises(RankError, match=r"(?s)rank 1 of 2:.*ValueError: on purpose"):
+        pools(2).run(_raise_on_rank_1)
+    assert pools(2).run(torch.distributed.get_rank) == [0, 1]  # a new pool serves the next test
+
+
+def _raise_on_rank_1() -> None:
+    if torch.distributed.get_rank() == 1:
+        raise ValueError("on purpose")
+
+
+def _engine(case: Case):
+    import deepspeed
+
+    model = build_model(case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = ds_lowrank.deepspeed_optimizer(model, deepspeed_config(case))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(case))
+    return engine, optimizer
+
+
+def _train(engine, case: Case, steps: range) -> None:
+    rank = torch.distributed.get_rank()
+    for step in steps:
+        for micro in range(case.accumulation):
+            engine.backward(engine((step * 64 + micro) * 16 + rank))
+            engine.step()
+
+
+def test_metrics_are_the_same_on_every_rank(pools):
+    answers = pools(3).run(_metrics, replace(Case(), gap=2, wave_size=100))
+    assert answers[0] == {**answers[1], "lowrank/refresh_seconds": answers[0]["lowrank/refresh_seconds"]}
+    assert answers[0]["lowrank/refreshes"] == 25 * 2  # 5 layers of 5 matrices, at steps 0 and 2
+    assert 0 < answers[0]["lowrank/overlap"] <= 1
+    assert 0 < answers[0]["lowrank/captured_energy"] <= 1
+
+
+def _metrics(case: Case) -> dict[str, float]:
+    engine, optimizer = _engine(case)
+    _train(engine, case, range(3))
+    found = ds_lowrank.metrics(engine.optimizer)
+    assert ds_lowrank.metrics(optimizer) == {}
+    engine.destroy()
+    return found
+
+
+def test_rank_files_are_loadable_safely(pools, tmp_path):
+    """torch.load(weights_only=True) takes every optimizer state that is written."""
+    pools(2).run(_save_state, Case(), str(tmp_path))
+    for rank in range(2):
+        loaded = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert set(loaded["state"][STATE_KEY]["layers.0.0.weight" if rank == 0 else "layers.1.4.weight"]) >= {"step"}
+
+
+def _save_state(case: Case, folder: str) -> None:
+    engine, optimizer = _engine(case)
+    _train(engine, case, range(1))
+    torch.save(optimizer.state_dict(), Path(folder) / f"{torch.distributed.get_rank()}.pt")
+    engine.destroy()

@@ -1,0 +1,118 @@
+"""Bad input is refused before anything starts, with a text that says what to change."""
+
+import json
+import re
+
+import pytest
+
+import ds_lowrank
+from ds_lowrank import LowRankConfig, check_deepspeed_config
+from ds_lowrank.integrations import deepspeed as integration
+
+GOOD = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+
+
+def test_defaults_are_the_fields():
+    config = LowRankConfig()
+    assert (config.rank, config.update_proj_gap, config.scale, config.proj_type) == (128, 200, 0.25, "std")
+    assert (config.selection, config.moments, config.optim_target_modules) == ("importance", "keep", "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"rnk": 8}, "lowrank.rnk; did you mean 'rank'?"),
+        ({"update_gap": 8}, "did you mean 'update_proj_gap'?"),
+        ({"rank": 0}, "lowrank.rank must be an integer >= 1, got 0"),
+        ({"rank": -4}, "got -4"),
+        ({"rank": 8.0}, "lowrank.rank must be an integer"),
+        ({"rank": True}, "lowrank.rank must be an integer"),
+        ({"rank_pattern": {"mlp": 0}}, "rank_pattern['mlp']"),
+        ({"rank_pattern": {"(": 4}}, "'(' is not a regular expression"),
+        ({"update_proj_gap": 0}, "update_proj_gap must be an integer >= 1"),
+        ({"scale": -1}, "lowrank.scale must be a number above 0"),
+        ({"scale": "1"}, "lowrank.scale must be a number above 0"),
+        ({"proj_type": "full"}, "must be one of std, reverse_std, right, left, got 'full'"),
+        ({"selection": "sara"}, "must be one of dominant, importance, uniform, random"),
+        ({"moments": "drop"}, "must be one of keep, project"),
+        ({"optim_target_modules": []}, "non-empty list"),
+        ({"optim_target_modules": "a("}, "is not a regular expression"),
+        ({"stagger": "yes"}, "must be true or false"),
+        ({"seed": 1.5}, "must be an integer"),
+        ({"gram_dtype": "bf16"}, "must be one of auto, float32, float64"),
+        ({"lr": -1.0}, "lowrank.lr must be a number >= 0"),
+        ({"betas": [0.9]}, "lowrank.betas must be two numbers"),
+        ({"eps": 0}, "lowrank.eps must be a number above 0"),
+        ({"weight_decay": float("nan")}, "lowrank.weight_decay"),
+        ([1], "must be a mapping"),
+    ],
+)
+def test_bad_options_are_refused(options, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        LowRankConfig.from_dict(options)
+
+
+def test_block_of_a_deepspeed_json(tmp_path):
+    path = tmp_path / "zero2.json"
+    path.write_text(json.dumps({**GOOD, "lowrank": {"rank": 32, "betas": [0.9, 0.95]}}))
+    config = LowRankConfig.from_deepspeed(path)
+    assert config == LowRankConfig(rank=32, betas=(0.9, 0.95))
+    assert LowRankConfig.from_dict(config.to_dict()) == config
+    assert config.replace(rank=16).rank == 16
+    with pytest.raises(ValueError, match="did you mean 'scale'"):
+        config.replace(scales=1.0)
+    assert LowRankConfig.from_deepspeed(GOOD) == LowRankConfig()
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no\.json"):
+        check_deepspeed_config(tmp_path / "no.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        check_deepspeed_config(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, '"optimizer" block beside'),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3 is not supported yet"),
+        ({"zero_optimization": {}}, "stage = 0"),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients"),
+        ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic_checkpoint"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "ZenFlow|zenflow"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "nvme"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "zero_force_ds_cpu_optimizer"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size = 2"),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 4}}, "expert_parallel.autoep_size = 4"),
+        ({"pipeline": {"stages": 2}}, "pipeline.stages = 2"),
+        ({"compile": {"deepcompile": True}}, "deepcompile"),
+        ({"fp16": {"enabled": True}}, "fp16 needs a GPU"),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads"),
+        ({"lowrank": {"rank": 0}}, "lowrank.rank"),
+    ],
+)
+def test_unsupported_deepspeed_settings_are_refused(change, text, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    check_deepspeed_config(GOOD)
+    with pytest.raises(ValueError, match=text):
+        check_deepspeed_config({**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("version", "fine"), [("0.15.4", False), ("0.16.0", True), ("0.19.8+cu", True), ("0.20.0", False)]
+)
+def test_deepspeed_versions(version, fine, monkeypatch):
+    monkeypatch.setattr(integration.importlib.metadata, "version", lambda name: version)
+    if fine:
+        check_deepspeed_config(GOOD)
+    else:
+        with pytest.raises(ValueError, match=r"install deepspeed>=0\.16,<0\.20"):
+            check_deepspeed_config(GOOD)
+
+
+def test_raw_deepspeed_needs_its_permission():
+    import torch
+
+    with pytest.raises(ValueError, match="zero_allow_untested_optimizer"):
+        ds_lowrank.deepspeed_optimizer(torch.nn.Linear(8, 8), {"zero_optimization": {"stage": 2}})

@@ -1,0 +1,261 @@
+"""LowRankAdamW on one process: against the reference, and through gradients that break optimizers."""
+
+import io
+import logging
+
+import pytest
+import torch
+from equivalence import anchor_row
+from torch import nn
+
+from ds_lowrank import LayoutError, LowRankAdamW
+from ds_lowrank.optimizer import STATE_KEY
+from ds_lowrank.reference import Reference
+
+SHAPES = {"tall": (24, 10), "wide": (9, 31), "square": (13, 13)}
+ADAMW = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def parameters(dtype=torch.float32):
+    return {name: nn.Parameter(torch.randn(shape).to(dtype) * 0.1) for name, shape in SHAPES.items()}
+
+
+def make(params, **options):
+    adamw = {**ADAMW, **{k: options.pop(k) for k in list(options) if k in ADAMW}}
+    group = {"params": list(params.items()), "rank": 4, "update_proj_gap": 4}
+    return LowRankAdamW([group], **adamw, gram_dtype="float64", wave_size=1, **options)
+
+
+def states(optimizer):
+    return optimizer.state[STATE_KEY]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("moments", ["keep", "project"])
+@pytest.mark.parametrize("selection", ["dominant", "importance", "uniform", "random"])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
+def test_equals_the_reference(dtype, moments, selection, proj_type):
+    params = parameters(dtype)
+    options = {"selection": selection, "moments": moments, "proj_type": proj_type, "scale": 0.5}
+    optimizer = make(params, **options)
+    weights = {n: p.detach().clone() for n, p in params.items()}
+    start = {n: w.clone() for n, w in weights.items()}
+    del options["proj_type"]
+    reference = Reference(weights, dict.fromkeys(weights, 4), gap=4, wave_size=1, side=proj_type, **ADAMW, **options)
+    for _ in range(10):
+        for name, p in params.items():
+            p.grad = torch.randn(SHAPES[name], dtype=dtype)
+        optimizer.step()
+        reference.step({n: p.grad for n, p in params.items()})
+    for name, p in params.items():
+        moved = (weights[name] - start[name]).norm()
+        assert (p - weights[name]).norm() / moved < (1e-11 if dtype == torch.float64 else 2e-5)
+        assert states(optimizer)[name]["refreshes"] >= 3
+
+
+def test_the_reference_is_galore():
+    """Anchored outside: dominant with keep reproduces galore-torch's GaLoreAdamW over three refreshes."""
+    pytest.importorskip("galore_torch")
+    row = anchor_row()
+    assert row["refreshes"] == 3
+    assert row["deviation"] < 1e-5
+
+
+def test_the_update_has_the_rank_of_the_subspace_and_every_weight_moves():
+    params = parameters()
+    before = {n: p.detach().clone() for n, p in params.items()}
+    optimizer = make(params, weight_decay=0.0)
+    for p in params.values():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name, p in params.items():
+        moved = p.detach() - before[name]
+        assert torch.linalg.matrix_rank(moved, rtol=1e-4) == 4
+        assert (moved != 0).all()
+
+
+def test_full_rank_groups_are_torchs_adamw():
+    ours, theirs = (nn.Parameter(torch.ones(5, 3)) for _ in range(2))
+    low = nn.Parameter(torch.randn(8, 8))
+    optimizer = LowRankAdamW([{"params": [("low", low)], "rank": 2}, {"params": [("full", ours)]}], **ADAMW)
+    peer = torch.optim.AdamW([theirs], **ADAMW)
+    for _ in range(5):
+        ours.grad = torch.randn(5, 3)
+        theirs.grad, low.grad = ours.grad.clone(), torch.randn(8, 8)
+        optimizer.step()
+        peer.step()
+    assert torch.allclose(ours, theirs, atol=1e-7)
+
+
+def test_a_matrix_without_gradient_is_unborn_then_born():
+    """Zero gradients (DCP's and DeepSpeed's fake steps) leave no trace; the first real one starts the clock."""
+    late, early = parameters(), parameters()
+    for name, p in early.items():
+        p.data.copy_(late[name].data)
+    first, second = make(late), make(early)
+    for _ in range(3):
+        for p in late.values():
+            p.grad = torch.zeros_like(p)
+        first.step()
+    assert all(torch.equal(late[n], early[n]) for n in SHAPES)
+    assert all(s["step"] == 0 and s["refreshes"] == 0 for s in states(first).values())
+    for _ in range(6):
+        for name, p in late.items():
+            p.grad = torch.randn_like(p)
+            early[name].grad = p.grad.clone()
+        first.step()
+        second.step()
+    assert all(torch.equal(late[n], early[n]) for n in SHAPES)
+
+
+def test_a_zero_gradient_at_a_refresh_keeps_the_basis():
+    params = parameters()
+    optimizer = make(params, stagger=False)
+    for step in range(5):
+        for p in params.values():
+            p.grad = torch.zeros_like(p) if step == 4 else torch.randn_like(p)
+        before = {n: s["basis"].clone() for n, s in states(optimizer).items()} if step else {}
+        optimizer.step()
+    for name, state in states(optimizer).items():
+        assert torch.equal(state["basis"], before[name])
+        assert (state["step"], state["refreshes"]) == (5, 1)
+
+
+def test_a_nan_gradient_at_the_first_step_changes_nothing_and_is_reported_once(caplog):
+    params = parameters()
+    before = {n: p.detach().clone() for n, p in params.items()}
+    optimizer = make(params)
+    for p in params.values():
+        p.grad = torch.full_like(p, float("nan"))
+    with caplog.at_level(logging.WARNING):
+        optimizer.step()
+        optimizer.step()
+    assert len(caplog.records) == 1
+    assert all(torch.equal(p, before[n]) for n, p in params.items())
+    for p in params.values():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert all(torch.isfinite(p).all() and not torch.equal(p, before[n]) for n, p in params.items())
+
+
+def test_rank_deficient_gradients_survive():
+    params = parameters()
+    optimizer = make(params)
+    for _ in range(9):
+        for name, p in params.items():
+            m, n = SHAPES[name]
+            p.grad = torch.randn(m, 1) @ torch.randn(1, n)
+        optimizer.step()
+    assert all(torch.isfinite(p).all() for p in params.values())
+
+
+def test_missing_gradients_and_closure():
+    params = parameters()
+    optimizer = make(params)
+    before = params["wide"].detach().clone()
+    for name in ("tall", "square"):
+        params[name].grad = torch.randn(SHAPES[name])
+    assert optimizer.step(lambda: 3.0) == 3.0
+    assert torch.equal(params["wide"], before)
+    assert states(optimizer)["wide"]["step"] == 0
+
+
+def test_bf16_weights_without_a_master_have_fp32_states():
+    params = parameters(torch.bfloat16)
+    optimizer = make(params)
+    for p in params.values():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert all(s["exp_avg"].dtype == s["basis"].dtype == torch.float32 for s in states(optimizer).values())
+
+
+def test_state_survives_a_save_and_a_load_bitwise():
+    params = parameters()
+    optimizer = make(params)
+    gradients = [{n: torch.randn(s) for n, s in SHAPES.items()} for _ in range(12)]
+
+    def run(some, opt, steps):
+        for k in steps:
+            for n, p in some.items():
+                p.grad = gradients[k][n].clone()
+            opt.step()
+
+    run(params, optimizer, range(5))
+    buffer = io.BytesIO()
+    torch.save({"w": {n: p.detach() for n, p in params.items()}, "o": optimizer.state_dict()}, buffer)
+    run(params, optimizer, range(5, 12))
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    resumed = {n: nn.Parameter(w) for n, w in saved["w"].items()}
+    fresh = make(resumed)
+    fresh.load_state_dict(saved["o"])
+    run(resumed, fresh, range(5, 12))
+    assert all(torch.equal(resumed[n], p) for n, p in params.items())
+
+
+def test_a_step_may_be_cut_to_one_group():
+    """DeepSpeed steps one group at a time, with ``param_groups`` cut to it."""
+    params, whole = parameters(), parameters()
+    for n, p in whole.items():
+        p.data.copy_(params[n].data)
+    groups = [{"params": [(n, p)], "rank": 4, "update_proj_gap": 4} for n, p in params.items()]
+    cut, peer = (
+        LowRankAdamW(groups, **ADAMW),
+        LowRankAdamW([{"params": list(whole.items()), "rank": 4, "update_proj_gap": 4}], **ADAMW),
+    )
+    for _ in range(6):
+        for n, p in params.items():
+            p.grad = torch.randn(SHAPES[n])
+            whole[n].grad = p.grad.clone()
+        everything = cut.param_groups
+        for group in everything:
+            cut.param_groups = [group]
+            cut.step()
+        cut.param_groups = everything
+        peer.step()
+    assert all(torch.equal(p, whole[n]) for n, p in params.items())
+
+
+@pytest.mark.parametrize(
+    ("group", "options", "text"),
+    [
+        ({"rank": 2, "params": [("bias", nn.Parameter(torch.ones(4)))]}, {}, r"bias \(4,\) is in a low-rank group"),
+        ({"rank": 9}, {}, r"rank 9 is larger than both sides of w \(8, 8\)"),
+        ({"rank": 0}, {}, "lowrank.rank must be an integer >= 1, got 0"),
+        ({"rank": -1}, {}, "got -1"),
+        ({"rank": [2, 2]}, {}, "2 ranks for 1 parameters"),
+        ({"rank": 2, "proj_type": "full"}, {}, "proj_type"),
+        ({"rank": 2}, {"lr": -1}, "lr must be a number >= 0"),
+        ({"rank": 2}, {"selection": "sara"}, "selection"),
+        ({"rank": 2, "params": []}, {}, "empty"),
+    ],
+)
+def test_bad_groups_and_options_are_refused(group, options, text):
+    with pytest.raises(ValueError, match=text):
+        LowRankAdamW([{"params": [("w", nn.Parameter(torch.ones(8, 8)))], **group}], **options)
+
+
+def test_galores_groups_without_names_work():
+    weight, bias = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.zeros(6))
+    galore = {"params": [weight], "rank": 2, "update_proj_gap": 10, "scale": 0.5, "proj_type": "std"}
+    optimizer = LowRankAdamW([{"params": [bias]}, galore], lr=0.1)
+    weight.grad, bias.grad = torch.randn(8, 6), torch.randn(6)
+    optimizer.step()
+    assert list(states(optimizer)) == ["group1.0"]
+
+
+def test_groups_added_later():
+    first, second = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(6, 6))
+    optimizer = LowRankAdamW([{"params": [("a", first)], "rank": 2}])
+    optimizer.add_param_group({"params": [("b", second)], "rank": 3})
+    first.grad, second.grad = torch.randn(8, 6), torch.randn(6, 6)
+    optimizer.step()
+    assert set(states(optimizer)) == {"a", "b"}
+    with pytest.raises(ValueError, match="after the layout was found"):
+        optimizer.add_param_group({"params": [("c", nn.Parameter(torch.randn(2, 2)))]})
+
+
+def test_non_contiguous_weights_are_refused_by_name():
+    optimizer = LowRankAdamW([{"params": [("w", nn.Parameter(torch.randn(6, 8).mT))], "rank": 2}])
+    with pytest.raises(LayoutError, match=r"w \(8, 6\) is not contiguous"):
+        optimizer.ensure_state()

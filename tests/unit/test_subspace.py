@@ -1,0 +1,179 @@
+"""Gram, spectrum, basis, moments, products, sides and schedule."""
+
+import pytest
+import torch
+
+from ds_lowrank.rules.adamw import adamw_direction_
+from ds_lowrank.subspace import spectrum as spectrum_module
+from ds_lowrank.subspace.basis import carry_moments_, draw_basis, overlap
+from ds_lowrank.subspace.project import gram, lift_, project
+from ds_lowrank.subspace.schedule import deal_owners, is_due, phases
+from ds_lowrank.subspace.sides import as_rows, projected_side
+from ds_lowrank.subspace.spectrum import fix_signs, spectrum
+
+KEY = {"candidates": 16, "seed": 0, "name": "w", "refresh": 0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_spectrum_is_the_svd(dtype):
+    a = torch.randn(30, 12, dtype=dtype)
+    sigma, vectors = spectrum(gram(a, dtype))
+    _, expected, vt = torch.linalg.svd(a, full_matrices=False)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    assert torch.allclose(sigma, expected, atol=tolerance)
+    assert torch.allclose(fix_signs(vectors), fix_signs(vt.mT), atol=tolerance)
+
+
+def test_grams_of_row_blocks_add_up_and_are_exact_in_float64():
+    a = torch.randn(5000, 7)
+    whole = gram(a, torch.float64)
+    assert torch.allclose(whole, a.double().mT @ a.double(), rtol=1e-14)
+    assert torch.allclose(gram(a[:1234], torch.float64) + gram(a[1234:], torch.float64), whole, rtol=1e-14)
+
+
+def test_signs_are_fixed_by_the_largest_entry():
+    fixed = fix_signs(torch.tensor([[0.1, -0.2], [-3.0, 2.0]]))
+    assert torch.equal(fixed, torch.tensor([[-0.1, -0.2], [3.0, 2.0]]))
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("selection", ["dominant", "importance", "uniform", "random"])
+def test_a_zero_or_non_finite_gradient_gives_no_basis(bad, selection):
+    a = torch.zeros(6, 4)
+    a[2, 1] = bad
+    assert draw_basis(gram(a, torch.float64), 2, selection, torch.float32, **KEY) is None
+
+
+def test_a_rank_deficient_gradient_gives_an_orthonormal_basis_that_captures_it():
+    a = torch.randn(20, 2) @ torch.randn(2, 9)
+    drawn = draw_basis(gram(a, torch.float64), 5, "importance", torch.float32, **KEY)
+    assert torch.allclose(drawn.vectors.mT @ drawn.vectors, torch.eye(5), atol=1e-5)
+    assert drawn.indices.tolist() == [0, 1, 2, 3, 4]  # only two weights are positive, the rest in order
+    assert torch.allclose(a @ drawn.vectors @ drawn.vectors.mT, a, atol=1e-4)
+    assert drawn.captured == pytest.approx(1.0)
+
+
+def test_a_failing_decomposition_is_retried_in_float64_then_given_up(monkeypatch):
+    real, seen = torch.linalg.eigh, []
+
+    def failing(matrix, fails):
+        seen.append(matrix.dtype)
+        if matrix.dtype in fails:
+            raise torch.linalg.LinAlgError("no convergence")
+        return real(matrix)
+
+    square = gram(torch.randn(8, 5), torch.float32)
+    monkeypatch.setattr(spectrum_module.torch.linalg, "eigh", lambda m: failing(m, [torch.float32]))
+    sigma, vectors = spectrum(square)
+    assert seen == [torch.float32, torch.float64]
+    assert sigma.dtype == vectors.dtype == torch.float32
+    assert torch.allclose(vectors.mT @ vectors, torch.eye(5), atol=1e-5)
+    monkeypatch.setattr(spectrum_module.torch.linalg, "eigh", lambda m: failing(m, [torch.float32, torch.float64]))
+    assert spectrum(square) is None
+
+
+@pytest.mark.parametrize("selection", ["dominant", "importance", "uniform", "random"])
+def test_a_basis_is_orthonormal_and_keeps_nothing_else_alive(selection):
+    drawn = draw_basis(gram(torch.randn(40, 16), torch.float64), 4, selection, torch.float32, **KEY)
+    assert torch.allclose(drawn.vectors.mT @ drawn.vectors, torch.eye(4), atol=1e-5)
+    assert drawn.vectors.is_contiguous()
+    assert drawn.vectors.untyped_storage().nbytes() == 16 * 4 * 4
+    assert 0 < drawn.captured < 1
+
+
+def test_captured_is_the_share_of_energy():
+    a = torch.randn(40, 16, dtype=torch.float64)
+    for selection in ("importance", "random"):
+        drawn = draw_basis(gram(a, torch.float64), 4, selection, torch.float64, **KEY)
+        share = (a @ drawn.vectors).square().sum() / a.square().sum()
+        assert drawn.captured == pytest.approx(float(share))
+
+
+def test_overlap_of_same_and_orthogonal_subspaces():
+    eye = torch.eye(6)
+    turn = torch.linalg.qr(torch.randn(2, 2))[0]
+    assert overlap(eye[:, :2], eye[:, :2] @ turn) == pytest.approx(1.0)
+    assert overlap(eye[:, :2], eye[:, 2:4]) == 0.0
+
+
+def test_projected_moments_lift_to_the_projection_of_the_old_lift():
+    old, new = (torch.linalg.qr(torch.randn(9, 3))[0] for _ in range(2))
+    moment = torch.randn(5, 3)
+    kept = moment.clone()
+    carry_moments_(kept, old, new, "keep")
+    assert torch.equal(kept, moment)
+    carried = moment.clone()
+    carry_moments_(carried, old, new, "project")
+    assert torch.allclose(carried @ new.mT, moment @ old.mT @ new @ new.mT, atol=1e-6)
+    with pytest.raises(ValueError, match="reset"):
+        carry_moments_(carried, old, new, "reset")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_lift_decays_and_moves_in_place(dtype, side):
+    w = torch.randn(6, 8).to(dtype)
+    a = as_rows(w, side)
+    basis, n = torch.randn(a.shape[1], 2), torch.randn(a.shape[0], 2)
+    expected = (0.9 * a.float() - 0.5 * n @ basis.mT).to(dtype)
+    lift_(a, n, basis, 0.5, 0.9)
+    assert torch.allclose(as_rows(w, side).float(), expected.float(), atol=1e-6)
+
+
+def test_lift_overwrites_uninitialised_memory():
+    a = torch.full((3, 4), float("nan"))
+    basis, n = torch.randn(4, 2), torch.randn(3, 2)
+    lift_(a, n, basis, 1.0, 0.0)
+    assert torch.allclose(a, -n @ basis.mT)
+
+
+def test_project_widens_to_the_basis():
+    a, basis = torch.randn(3, 4).bfloat16(), torch.randn(4, 2)
+    assert torch.equal(project(a, basis), a.float() @ basis)
+
+
+def test_adamw_direction_is_torchs():
+    weight = torch.zeros(4, 3, requires_grad=True)
+    peer = torch.optim.AdamW([weight], lr=0.1, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.0)
+    exp_avg, exp_avg_sq, mine = (torch.zeros(4, 3) for _ in range(3))
+    for step in range(1, 6):
+        gradient = torch.randn(4, 3)
+        weight.grad = gradient.clone()
+        peer.step()
+        mine -= 0.1 * adamw_direction_(gradient, exp_avg, exp_avg_sq, step, (0.8, 0.95), 1e-4)
+        assert torch.allclose(mine, weight, atol=1e-6)
+        assert torch.allclose(exp_avg_sq, peer.state[weight]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "proj_type", "side"),
+    [
+        ((5, 3), "std", "right"),
+        ((3, 3), "std", "right"),
+        ((3, 5), "std", "left"),
+        ((5, 3), "reverse_std", "left"),
+        ((3, 5), "reverse_std", "right"),
+        ((5, 3), "left", "left"),
+        ((3, 5), "right", "right"),
+    ],
+)
+def test_sides_are_galores(shape, proj_type, side):
+    assert projected_side(shape, proj_type) == side
+
+
+def test_unknown_side_is_refused():
+    with pytest.raises(ValueError, match="full"):
+        projected_side((2, 2), "full")
+
+
+def test_waves_are_strided_and_spread_evenly():
+    assert phases(20, 100, 8, True) == [0, 33, 66] * 6 + [0, 33]
+    assert phases(20, 100, 8, False) == [0] * 20
+    assert phases(3, 100, 8, True) == [0, 0, 0]
+    assert phases(0, 100, 8, True) == []
+    assert [t for t in range(12) if is_due(t, 3, 4)] == [0, 3, 7, 11]
+
+
+def test_owners_are_dealt_to_the_least_loaded_candidate():
+    assert deal_owners([8.0, 1.0, 1.0, 1.0], [[0, 1]] * 4) == [0, 1, 1, 1]
+    assert deal_owners([1.0, 1.0, 1.0], [[2], [0, 2], [1]]) == [2, 0, 1]
