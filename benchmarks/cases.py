@@ -28,7 +28,7 @@ SHAPES: dict[str, Shapes] = {
     "small": ((24, 10), (9, 31), (13, 13), (40, 7), (5, 23)),
     # fewer rows than ranks, so that rows are cut more than once and some ranks compute none
     "thin": ((2, 50), (3, 2), (61, 3)),
-    # even sizes, as models have them: DeepSpeed pads a group to 2 × ranks elements, which moves the boundaries of odd ones
+    # even sizes, as models have them: DeepSpeed pads a group to 2 × ranks elements, which shifts odd boundaries
     "even": ((16, 16), (48, 16), (16, 48)),
     # LLaMA-60M's sizes, behind a small matrix that puts the boundaries of 2, 3 and 4 ranks in the middle of a row
     "real": ((37, 53), (1376, 512), (512, 1376)),

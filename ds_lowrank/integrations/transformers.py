@@ -109,11 +109,11 @@ def metrics(optimizer: Any) -> dict[str, float]:
 
 def _unwrap(optimizer: Any) -> LowRankAdamW:
     seen = optimizer
-    while seen is not None and not isinstance(seen, LowRankAdamW):
-        seen = getattr(seen, "optimizer", None)
-    if seen is None:
+    while not isinstance(seen, LowRankAdamW) and hasattr(seen, "optimizer"):
+        seen = seen.optimizer
+    if not isinstance(seen, LowRankAdamW):
         raise ValueError(
-            f"the run uses {type(optimizer).__name__} and not LowRankAdamW. Give the Trainer "
+            f"the run uses {type(seen).__name__} and not LowRankAdamW. Give the Trainer "
             "optimizer_cls_and_kwargs=ds_lowrank.trainer_optimizer(...); under DeepSpeed it silently replaces what "
             "comes by optimizers=(optimizer, None)"
         )

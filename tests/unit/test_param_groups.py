@@ -74,7 +74,7 @@ def test_a_wide_pattern_does_not_name_the_head(pattern):
         assert "lm_head.weight" not in projected_names(Model(), config)
         assert "embed_tokens.weight" not in projected_names(Model(), config)
     else:
-        with pytest.raises(ValueError, match="layers|head"):
+        with pytest.raises(ValueError, match=r"layers\|head"):
             projected_names(Model(), config)
 
 

@@ -1,5 +1,6 @@
 """Geometry of pieces, boxes and shares, against brute force."""
 
+import itertools
 import random
 
 import pytest
@@ -12,7 +13,7 @@ from ds_lowrank.rows import boxes_of, plan_shares, view_of
 def cuts(numel: int, ranks: int, rng: random.Random) -> list[Piece | None]:
     """A random division of a matrix over ranks, some of which hold nothing."""
     bounds = sorted([0, *(rng.randint(0, numel) for _ in range(ranks - 1)), numel])
-    return [Piece(a, b) if a < b else None for a, b in zip(bounds, bounds[1:])]
+    return [Piece(a, b) if a < b else None for a, b in itertools.pairwise(bounds)]
 
 
 @pytest.mark.parametrize("seed", range(40))

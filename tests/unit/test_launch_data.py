@@ -1,0 +1,275 @@
+"""launch/: corpus, held-out documents, tokenizer, packing, cache, streaming, and bad command lines."""
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+
+import data as launch_data
+from arguments import DataArguments, parse_arguments
+from data import collate, held_out, load_data, pack, stdlib_corpus, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = [f"def function_{i}(x):\n    return x + {i}\n" * 4 for i in range(80)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, vocab_size=320)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)))
+    return path
+
+
+def arguments(tmp_path, **options):
+    return DataArguments(
+        **{
+            "cache_dir": str(tmp_path / "cache"),
+            "vocab_size": 320,
+            "max_length": 32,
+            "validation_share": 0.2,
+            **options,
+        }
+    )
+
+
+def documents_of(sequences, tokenizer):
+    """The whole documents inside packed rows: what stands between two end tokens."""
+    ids = [i for row in sequences for i in row["input_ids"]]
+    return set(tokenizer.decode(ids).split(tokenizer.eos_token)[1:-1])
+
+
+# ---- which documents ----
+
+
+def test_held_out_is_a_fixed_share():
+    # A hash that changes with the process (str.__hash__) would leak validation text into a resumed run.
+    assert [held_out(name, 0.5) for name in ("os.py", "re.py", "ast.py", "json/decoder.py")] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+    share = sum(held_out(f"module_{i}.py", 0.05) for i in range(20_000)) / 20_000
+    assert share == pytest.approx(0.05, abs=0.006)
+
+
+def test_stdlib_corpus_takes_source_files_only(tmp_path):
+    for path, content in {
+        "b.py": b"b = 1",
+        "a.py": b"a = 1",
+        "package/c.py": "c = 'ä'".encode(),
+        "package/latin.py": b"# \xe4",  # not UTF-8: skipped, not fatal
+        "site-packages/installed.py": b"no",
+        "__pycache__/d.py": b"no",
+        "notes.txt": b"no",
+    }.items():
+        file = tmp_path / path
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+    corpus = stdlib_corpus(tmp_path, share=1e-9)
+    assert corpus.train["text"][:] == ["a = 1", "b = 1", "c = 'ä'"]
+    assert len(corpus.validation) == 0
+
+
+def test_no_held_out_document_is_trained_on(tmp_path, jsonl):
+    packed = load_data(arguments(tmp_path, train_file=str(jsonl)))
+    train = documents_of(packed.train, packed.tokenizer)
+    validation = documents_of(packed.validation, packed.tokenizer)
+    assert train <= {t for t in TEXTS if not held_out(t, 0.2)}
+    assert len(train) > 40
+    assert not train & validation
+
+
+# ---- tokenizer and packing ----
+
+
+def test_tokenizer_encodes_any_text(tokenizer):
+    text = "def f(x):\n\treturn 'ß→é🐍' \x00"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
+
+
+def test_pack_loses_only_the_remainder(tokenizer):
+    stream = []
+    for text in TEXTS[:5]:
+        stream += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    rows = pack(TEXTS[:5], tokenizer, 16)["input_ids"]
+    assert [i for row in rows for i in row] == stream[: len(stream) // 16 * 16]
+    assert {len(row) for row in rows} == {16}
+    assert pack(["x"], tokenizer, 16)["input_ids"] == []
+
+
+def test_collate_gives_int64_labels_of_their_own(tokenizer):
+    batch = collate([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}])
+    assert batch["labels"].tolist() == [[1, 2, 3], [4, 5, 6]]
+    batch["labels"][0, 0] = -100  # a shared buffer would reach the embedding
+    assert batch["input_ids"][0, 0] == 1
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_formats_give_the_same_sequences(tmp_path, jsonl, kind):
+    path = tmp_path / f"train.{kind}"
+    texts = [text.strip() for text in TEXTS]
+    if kind == "txt":
+        path.write_text("\n\n".join(texts))
+    else:
+        dataset = launch_data.Dataset.from_dict({"body": texts})
+        dataset.to_json(path) if kind == "jsonl" else dataset.to_parquet(path)
+    column = {} if kind == "txt" else {"text_column": "body"}
+    packed = load_data(
+        arguments(tmp_path, train_file=str(path), validation_file=str(path), **column), rank=0, world_size=1
+    )
+    rows = pack(texts, packed.tokenizer, 32)["input_ids"]
+    assert [row["input_ids"].tolist() for row in packed.train] == [row.tolist() for row in rows]
+
+
+def test_second_load_reads_the_cache(tmp_path, jsonl, monkeypatch):
+    args = arguments(tmp_path, train_file=str(jsonl))
+    first = load_data(args)
+    monkeypatch.setattr(launch_data, "train_tokenizer", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(launch_data, "pack", lambda *_: pytest.fail("packed again"))
+    second = load_data(args)
+    assert [r["input_ids"].tolist() for r in first.train] == [r["input_ids"].tolist() for r in second.train]
+    assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+
+
+def test_a_failed_build_leaves_nothing_behind(tmp_path, jsonl, monkeypatch):
+    # A half-written folder would be taken for a finished one by the next run.
+    args = arguments(tmp_path, train_file=str(jsonl))
+    with monkeypatch.context() as patch:
+        patch.setattr(launch_data, "pack", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            load_data(args)
+    folders = list((tmp_path / "cache").iterdir())
+    assert [f for f in folders if not (f / "tokenizer.json").is_file()] == []
+    assert len(load_data(args).train) > 0
+
+
+def test_a_changed_file_is_packed_again(tmp_path, jsonl):
+    args = arguments(tmp_path, train_file=str(jsonl))
+    before = len(load_data(args).train)
+    with jsonl.open("a") as file:
+        file.writelines(json.dumps({"text": text[::-1], "id": 0}) + "\n" for text in TEXTS)
+    assert len(load_data(args).train) > before
+
+
+# ---- streams ----
+
+
+def test_stream_deals_the_text_to_ranks_without_end(tmp_path, jsonl):
+    args = arguments(tmp_path, train_file=str(jsonl), streaming=True)
+    whole = len(load_data(arguments(tmp_path, train_file=str(jsonl))).train)
+    ranks = [load_data(args, rank=rank, world_size=2) for rank in (0, 1)]
+    rows = [[tuple(row["input_ids"]) for row in islice(r.train, 2 * whole)] for r in ranks]
+    assert [len(r) for r in rows] == [2 * whole] * 2, "a stream that ends early stalls the other rank"
+    one_pass = [set(r[: whole // 2]) for r in rows]
+    assert not one_pass[0] & one_pass[1]
+    assert {len(row) for row in rows[0]} == {32}
+    same = [[row["input_ids"].tolist() for row in r.validation] for r in ranks]
+    assert same[0] == same[1]
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing_column_is_named(tmp_path, jsonl, streaming):
+    args = arguments(tmp_path, train_file=str(jsonl), text_column="content", streaming=streaming)
+    with pytest.raises(ValueError, match="--text_column content: no such column; the corpus has text, id"):
+        load_data(args)
+
+
+def test_too_little_text(tmp_path, jsonl):
+    with pytest.raises(ValueError, match="the train split has too little text for one sequence of 100000 tokens"):
+        load_data(arguments(tmp_path, train_file=str(jsonl), max_length=100_000))
+
+
+def zero_json(tmp_path, lowrank=None, **changes):
+    content = json.loads((ROOT / "configs" / "zero2.json").read_text())
+    content["lowrank"].update(lowrank or {})
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({**content, **changes}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--galore_skale", "1"], "unknown argument --galore_skale; did you mean --galore_scale?"),
+        (["--train_file", "nowhere.txt"], "--train_file: no such file: nowhere.txt"),
+        (["--train_file", "table.csv"], "--train_file: table.csv is none of .txt"),
+        (["--model_config", "nowhere.json"], "--model_config: no such file"),
+        (["--deepspeed", "nowhere.json"], "'nowhere.json' does not exist"),
+        (["--streaming"], "--streaming needs --dataset_name or --train_file"),
+        (["--dataset_name", "a", "--train_file", "b"], "exclude each other"),
+        (["--rank", "0"], "lowrank.rank must be an integer >= 1, got 0"),
+        (["--rank", "many"], "argument --rank: invalid int value: 'many'"),
+        (["--optimizer", "galore"], "invalid choice: 'galore'"),
+        (["--total_batch_size", "12"], "--total_batch_size 12 is no multiple of --batch_size 8 x 1 ranks"),
+        (["--validation_share", "1.5"], "--validation_share must lie between 0 and 1"),
+    ],
+)
+def test_bad_command_line(argv, message):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        parse_arguments([*argv, *([] if "--total_batch_size" not in argv else ["--batch_size", "8"])])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lowrank": {"update_gap": 5}}, "did you mean 'update_proj_gap'?"),
+        ({"lowrank": {"rank": 0}}, "lowrank.rank must be an integer >= 1, got 0"),
+        ({"optimizer": {"type": "AdamW"}}, '"optimizer" block'),
+        ({"zero_optimization": {"stage": 3}}, "stage"),
+    ],
+)
+def test_bad_deepspeed_json(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=r".") as caught:
+        parse_arguments(["--deepspeed", zero_json(tmp_path, **changes)])
+    assert message in str(caught.value)
+
+
+def test_several_ranks_need_deepspeed(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 ranks without DeepSpeed: add --deepspeed"):
+        parse_arguments([])
+
+
+def test_galore_names_are_understood(tmp_path):
+    argv = (
+        "--batch_size 2 --gradient_accumulation 3 --lr 0.5 --scheduler cosine --min_lr_ratio 0.2 --warmup_steps 7 "
+        "--eval_every 10 --num_training_steps 40 --save_every 20 --workers 1 --name x --grad_clipping 0.5 --beta1 0.8 "
+        f"--save_dir {tmp_path} --rank 8 --update_proj_gap 5 --galore_scale 0.5 --proj_type right --seed 3 "
+        "--activation_checkpointing --max_length 64 --weight_decay 0.1 --report_to none"
+    )
+    _, data, options, args = parse_arguments(argv.split())
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 3)
+    assert (args.learning_rate, args.warmup_steps, args.max_steps) == (0.5, 7, 40)
+    assert args.lr_scheduler_kwargs == {"min_lr_rate": 0.2}
+    assert (args.eval_strategy, args.eval_steps, args.save_strategy, args.save_steps) == ("steps", 10, "steps", 20)
+    assert (args.max_grad_norm, args.adam_beta1, args.seed) == (0.5, 0.8, 3)
+    assert args.gradient_checkpointing
+    assert data.max_length == 64
+    assert options == {"rank": 8, "update_proj_gap": 5, "scale": 0.5, "proj_type": "right"}
+
+
+def test_flags_win_over_the_block(tmp_path):
+    path = zero_json(tmp_path, {"rank": 16, "scale": 2.0})
+    from arguments import LowRankArguments
+
+    block = json.loads(Path(path).read_text())["lowrank"]
+    options = LowRankArguments(rank=4).options(block, ["q_proj", "v_proj"])
+    assert (options["rank"], options["scale"], options["optim_target_modules"]) == (4, 2.0, ["q_proj", "v_proj"])

@@ -1,0 +1,142 @@
+"""One argument of the HF Trainer, on one process; under DeepSpeed see tests/integration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+import ds_lowrank
+from ds_lowrank import LowRankAdamW, LowRankCallback, LowRankConfig, trainer_optimizer
+from ds_lowrank.optimizer import STATE_KEY
+
+ZERO2 = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+
+
+def model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+    )
+
+
+def arguments(tmp_path, **options) -> TrainingArguments:
+    settings = {"use_cpu": True, "max_steps": 2, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    return TrainingArguments(output_dir=str(tmp_path), **{**settings, **options})
+
+
+def trainer(tmp_path, choice, callbacks=None, **options) -> Trainer:
+    tokens = torch.randint(0, 64, (16, 8)).tolist()
+    data = Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+    args = arguments(tmp_path, **options)
+    return Trainer(model(), args, train_dataset=data, optimizer_cls_and_kwargs=choice, callbacks=callbacks)
+
+
+TRAINING = {"learning_rate": 0.03, "weight_decay": 0.2, "adam_beta1": 0.7, "adam_beta2": 0.8, "adam_epsilon": 1e-5}
+
+
+def test_training_arguments_are_honoured(tmp_path):
+    run = trainer(tmp_path, trainer_optimizer({"rank": 4}), **TRAINING)
+    optimizer = run.create_optimizer()
+    assert isinstance(optimizer, LowRankAdamW)
+    for group in optimizer.param_groups:
+        decay = 0.0 if group["name"] == "full.no_decay" else 0.2
+        found = (group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        assert found == (0.03, (0.7, 0.8), 1e-5, decay)
+
+
+def test_the_configuration_wins_over_training_arguments(tmp_path):
+    config = LowRankConfig(rank=4, lr=0.5, betas=(0.1, 0.2), eps=1e-3, weight_decay=0.3)
+    group = trainer(tmp_path, trainer_optimizer(config), **TRAINING).create_optimizer().param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.5, (0.1, 0.2), 1e-3, 0.3)
+
+
+def test_a_run_trains_in_subspaces_and_reports(tmp_path, capsys):
+    run = trainer(tmp_path, trainer_optimizer({"rank": 4}), [LowRankCallback()], weight_decay=0.0, max_steps=1)
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    run.train()
+    projected = ds_lowrank.projected_names(run.model, LowRankConfig(rank=4))
+    assert len(projected) == 14
+    for name, p in run.model.named_parameters():
+        moved = p.detach() - before[name]
+        assert moved.abs().max() > 0
+        if name in projected:
+            assert torch.linalg.matrix_rank(moved, rtol=1e-3) <= 4
+    printed = capsys.readouterr().out
+    assert "16 x 16" in printed
+    assert "40 x 16" in printed
+    assert "optimizer state per rank" in printed
+    assert "layout: one process on 1 rank" in printed
+    found = ds_lowrank.metrics(run.optimizer)
+    assert found["lowrank/refreshes"] == 14
+
+
+def test_the_printed_bytes_are_the_measured_ones():
+    from ds_lowrank.integrations.deepspeed import build_optimizer
+    from ds_lowrank.report import make_report, measured_state_bytes
+
+    net = model()
+    optimizer = build_optimizer(net, LowRankConfig(rank=4), {"lr": 0.1})
+    tokens = torch.randint(0, 64, (2, 8))
+    net(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    counted = 4 * len(optimizer.state) + sum(4 * s["indices"].numel() for s in optimizer.state[STATE_KEY].values())
+    assert make_report(optimizer).state_bytes == [pytest.approx(measured_state_bytes(optimizer) - counted, abs=64)]
+
+
+def test_the_callback_refuses_another_optimizer(tmp_path):
+    with pytest.raises(ValueError, match="AdamW and not LowRankAdamW"):
+        trainer(tmp_path, None, [LowRankCallback()]).train()
+
+
+def test_an_optimizer_that_the_trainer_would_drop_is_refused():
+    """Trainer(optimizers=(optimizer, None)) under DeepSpeed trains with AdamW without a word."""
+    active = HfTrainerDeepSpeedConfig(ZERO2)
+    with pytest.raises(ValueError, match="optimizer_cls_and_kwargs"):
+        LowRankAdamW(ds_lowrank.param_groups(model(), LowRankConfig(rank=4)))
+    del active
+    LowRankAdamW(ds_lowrank.param_groups(model(), LowRankConfig(rank=4)))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, '"optimizer" block'),
+        ({"zero_optimization": {"stage": 3}}, "stage = 3"),
+        ({"lowrank": {"rnk": 4}}, "did you mean 'rank'"),
+    ],
+)
+def test_the_trainers_deepspeed_configuration_is_checked(change, text, tmp_path):
+    run = trainer(tmp_path, trainer_optimizer())
+    active = HfTrainerDeepSpeedConfig({**ZERO2, **change})
+    with pytest.raises(ValueError, match=text):
+        run.create_optimizer()
+    del active
+
+
+def test_the_block_is_read_where_no_configuration_is_given(tmp_path):
+    run = trainer(tmp_path, trainer_optimizer())
+    active = HfTrainerDeepSpeedConfig({**ZERO2, "lowrank": {"rank": 3, "selection": "dominant"}})
+    optimizer = run.create_optimizer()
+    del active
+    assert {s.rank for s in optimizer.matrix_specs} == {3}
+    assert optimizer.config.selection == "dominant"
+
+
+def test_bad_options_are_refused_at_once():
+    with pytest.raises(ValueError, match="did you mean 'selection'"):
+        trainer_optimizer({"selections": "importance"})
+
+
+def test_arguments_that_cannot_be_found_are_asked_for():
+    factory, kwargs = trainer_optimizer({"rank": 4})
+    with pytest.raises(ValueError, match="args=training_args"):
+        factory()(model(), **kwargs)
