@@ -26,14 +26,15 @@ def show(rows: Sequence[Row], title: str, json_file: Path | None = None) -> None
     for column in columns:
         table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
     for row in rows:
-        table.add_row(*(_format(row.get(column)) for column in columns))
+        table.add_row(*(format_value(row.get(column)) for column in columns))
     Console(width=170, highlight=False).print(table)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(list(rows), indent=1) + "\n")
 
 
-def _format(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """A cell: small and huge numbers in powers of ten, missing ones as a dash."""
     if value is None:
         return "-"
     if isinstance(value, float):

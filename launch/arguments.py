@@ -1,0 +1,305 @@
+"""Command line of the launch scripts: model, data, training and low-rank arguments.
+
+GaLore's ``torchrun_main.py`` names are kept as aliases where they mean the same. A dataclass refuses bad values when
+it is made; the ones that cost nothing to check come first, so that a wrong path never waits for a process group.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
+
+import ds_lowrank
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+OPTIMIZERS = ("lowrank", "adamw", "frozen")
+# Peak learning rates of the default run, tuned for each optimizer (benchmarks/first_run.py).
+LEARNING_RATES = {"lowrank": 0.01, "adamw": 0.003, "frozen": 0.003}
+_BASE_FIELDS = {f.name for f in fields(TrainingArguments)}
+
+
+@dataclass
+class ModelArguments:
+    """The model, which is trained from scratch."""
+
+    model_config: str = HfArg(
+        default=str(ROOT / "configs" / "llama_9m.json"),
+        help="model configuration: a JSON file (configs/llama_*.json) or a name on the Hugging Face Hub; its "
+        "vocabulary size is replaced by the tokenizer's",
+    )
+
+    def __post_init__(self) -> None:
+        if self.model_config.endswith(".json") and not Path(self.model_config).is_file():
+            raise FileNotFoundError(f"--model_config: no such file: {self.model_config}")
+
+
+@dataclass
+class DataArguments:
+    """The text, the tokenizer and the packed sequences."""
+
+    dataset_name: str | None = HfArg(
+        default=None,
+        help="dataset on the Hugging Face Hub, e.g. allenai/c4. Without it and without --train_file the corpus is "
+        "the source text of the running Python's standard library",
+    )
+    dataset_config: str | None = HfArg(default=None, help="configuration of --dataset_name, e.g. en")
+    train_file: str | None = HfArg(
+        default=None,
+        help="local corpus: .txt (a document is a paragraph), .jsonl or .parquet (a document is a row)",
+    )
+    validation_file: str | None = HfArg(
+        default=None, help="local validation corpus; default: a share of --train_file is held out"
+    )
+    text_column: str = HfArg(default="text", help="column that holds the text of a document")
+    validation_share: float = HfArg(
+        default=0.05, help="share of the documents held out where there is no validation split"
+    )
+    streaming: bool = HfArg(default=False, help="read and pack the training text as it is needed; needs --max_steps")
+    tokenizer_name: str | None = HfArg(
+        default=None,
+        help="tokenizer on the Hub or in a folder, e.g. t5-base; default: a byte-level BPE is trained on the corpus",
+    )
+    vocab_size: int = HfArg(default=1024, help="vocabulary of the BPE that is trained")
+    max_length: int = HfArg(default=256, aliases=["--block_size"], help="tokens in a packed sequence")
+    eval_sequences: int = HfArg(default=1024, help="most validation sequences used in an evaluation")
+    cache_dir: str | None = HfArg(default=None, help="where tokenized corpora are kept; default: ~/.cache/ds_lowrank")
+
+    def __post_init__(self) -> None:
+        if self.dataset_name and self.train_file:
+            raise ValueError("--dataset_name and --train_file exclude each other: give one of them")
+        if self.validation_file and not self.train_file:
+            raise ValueError("--validation_file needs --train_file")
+        if self.dataset_config and not self.dataset_name:
+            raise ValueError("--dataset_config needs --dataset_name")
+        if self.streaming and not (self.dataset_name or self.train_file):
+            raise ValueError("--streaming needs --dataset_name or --train_file")
+        for flag in ("train_file", "validation_file"):
+            path = getattr(self, flag)
+            if path is not None:
+                _require_text_file(flag, path)
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"--validation_share must lie between 0 and 1, got {self.validation_share}")
+        for flag, least in (("vocab_size", 300), ("max_length", 2), ("eval_sequences", 1)):
+            if getattr(self, flag) < least:
+                raise ValueError(f"--{flag} must be at least {least}, got {getattr(self, flag)}")
+
+
+def _require_text_file(flag: str, path: str) -> None:
+    if Path(path).suffix not in FILE_FORMATS:
+        raise ValueError(f"--{flag}: {path} is none of {', '.join(FILE_FORMATS)}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--{flag}: no such file: {path}")
+
+
+@dataclass
+class LowRankArguments:
+    """Overrides of the ``"lowrank"`` block of the DeepSpeed JSON; unset ones leave the block as it is."""
+
+    rank: int | None = HfArg(
+        default=None,
+        help="rank of the projected weights; default: the block's, else a quarter of the model's hidden size",
+    )
+    update_proj_gap: int | None = HfArg(default=None, help="steps between two refreshes of a basis")
+    scale: float | None = HfArg(default=None, aliases=["--galore_scale"], help="factor on the low-rank update")
+    proj_type: str | None = HfArg(default=None, help="side that is projected: std, reverse_std, ...")
+    selection: str | None = HfArg(default=None, help="importance (SARA), dominant (GaLore), uniform or random")
+    moments: str | None = HfArg(default=None, help="moments at a refresh: keep or project")
+
+    def options(self, block: dict[str, Any], targets: list[str] | None) -> dict[str, Any]:
+        """``block`` with the options and target modules that were given over it."""
+        given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        if targets:  # one is "all-linear" or a regular expression, several are names
+            given["optim_target_modules"] = targets[0] if len(targets) == 1 else targets
+        return {**block, **given}
+
+
+@dataclass
+class PretrainArguments(TrainingArguments):
+    """``TrainingArguments`` with defaults for pretraining, and GaLore's flag names.
+
+    Without an accelerator it trains on the CPU in fp32 by itself; with one, in bf16 where the device supports it.
+    """
+
+    optimizer: str = HfArg(
+        default="lowrank",
+        help="lowrank; adamw: full rank, the peer; frozen: the weights that lowrank projects stay as they are and "
+        "AdamW trains the rest, the control",
+        metadata={"choices": OPTIMIZERS},
+    )
+    output_dir: str | None = HfArg(default=None, aliases=["--save_dir"], help="default: runs/<run_name>")
+    run_name: str | None = HfArg(default="pretrain", aliases=["--name"])
+    max_steps: int = HfArg(
+        default=1600,
+        aliases=["--num_training_steps"],
+        help="optimizer steps; -1: train for --num_train_epochs",
+    )
+    per_device_train_batch_size: int = HfArg(
+        default=2, aliases=["--batch_size"], help="sequences per rank and micro-step"
+    )
+    per_device_eval_batch_size: int = HfArg(default=16)
+    gradient_accumulation_steps: int = HfArg(default=1, aliases=["--gradient_accumulation"])
+    total_batch_size: int | None = HfArg(
+        default=None, help="sequences per step over all ranks; sets the accumulation steps"
+    )
+    learning_rate: float | None = HfArg(
+        default=None,
+        aliases=["--lr"],
+        help="peak learning rate; default: " + ", ".join(f"{lr} for {name}" for name, lr in LEARNING_RATES.items()),
+    )
+    lr_scheduler_type: str = HfArg(
+        default="cosine",
+        aliases=["--scheduler"],
+        help="cosine decays to --min_lr_ratio; the Trainer's other schedules are taken as they are",
+    )
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON mapping of options of the schedule"}
+    )
+    min_lr_ratio: float = HfArg(default=0.1, help="last learning rate as a share of the peak")
+    warmup_steps: float | None = HfArg(default=None, help="steps, or a share of all steps when below 1; default: 0.1")
+    max_grad_norm: float = HfArg(default=1.0, aliases=["--grad_clipping"])
+    adam_beta1: float = HfArg(default=0.9, aliases=["--beta1"])
+    optim: str = HfArg(default="adamw_torch", help="only read by --optimizer adamw and frozen")
+    optim_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "overrides the block: all-linear, a regular expression on module names, or names"},
+    )
+    eval_steps: float | None = HfArg(
+        default=None, aliases=["--eval_every"], help="steps between evaluations; default: at the end"
+    )
+    save_steps: float = HfArg(default=0, aliases=["--save_every"], help="steps between checkpoints; default: none")
+    save_strategy: str = HfArg(default="no")
+    eval_strategy: str = HfArg(default="no")
+    logging_steps: float = HfArg(default=20)
+    # Not None: the base class would hide the bar because transformers' log level is "error" here.
+    disable_tqdm: bool | None = HfArg(default=False)
+    report_to: str | None = HfArg(default="tensorboard", help="tensorboard, wandb, none, ... (the Trainer's flag)")
+    dataloader_num_workers: int = HfArg(default=0, aliases=["--workers"])
+    bf16: bool | None = HfArg(default=None, help="default: on an accelerator that supports it")
+    if "activation_checkpointing" not in _BASE_FIELDS:  # transformers < 5 has the older name only
+        gradient_checkpointing: bool = HfArg(default=False, aliases=["--activation_checkpointing"])
+
+    def __post_init__(self) -> None:
+        self._choose_device()
+        self._check_launch()
+        self._resolve_batch()
+        self._resolve_schedule()
+        if self.output_dir is None:
+            self.output_dir = str(Path("runs") / (self.run_name or "pretrain"))
+        if self.eval_steps and self.eval_strategy == "no":
+            self.eval_strategy = "steps"
+        if self.save_steps and self.save_strategy == "no":
+            self.save_strategy = "steps"
+        super().__post_init__()
+
+    def _choose_device(self) -> None:
+        if not torch.cuda.is_available():
+            self.use_cpu = True
+        if self.use_cpu:
+            # Has to come before anything initialises torch.distributed, which the base class does.
+            ds_lowrank.prepare_cpu()
+        if self.bf16 is None:
+            self.bf16 = not (self.use_cpu or self.fp16) and torch.cuda.is_bf16_supported()
+
+    def _check_launch(self) -> None:
+        if world_size() > 1 and not self.deepspeed:
+            raise ValueError(
+                f"{world_size()} ranks without DeepSpeed: add --deepspeed configs/zero2.json (plain "
+                "DistributedDataParallel is not supported yet), or start one process"
+            )
+
+    def _resolve_batch(self) -> None:
+        if self.total_batch_size is None:
+            return
+        micro = self.per_device_train_batch_size * world_size()
+        if self.total_batch_size < 1 or self.total_batch_size % micro:
+            raise ValueError(
+                f"--total_batch_size {self.total_batch_size} is no multiple of --batch_size "
+                f"{self.per_device_train_batch_size} x {world_size()} ranks"
+            )
+        self.gradient_accumulation_steps = self.total_batch_size // micro
+
+    def _resolve_schedule(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATES[self.optimizer]
+        if self.lr_scheduler_type == "cosine":
+            self.lr_scheduler_type = "cosine_with_min_lr"
+            self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or {"min_lr_rate": self.min_lr_ratio}
+        warmup = 0.1 if self.warmup_steps is None else self.warmup_steps
+        if 0 < warmup < 1 and self.max_steps > 0:
+            warmup = max(1, round(warmup * self.max_steps))
+        if 0 < warmup < 1 and "warmup_ratio" in _BASE_FIELDS:  # transformers < 5: steps are whole
+            self.warmup_ratio, warmup = warmup, 0
+        self.warmup_steps = int(warmup) if warmup >= 1 else warmup
+
+
+def world_size() -> int:
+    """Ranks of this run, as its launcher exported them; known before torch.distributed starts."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> None:
+        """Raise instead of printing the whole usage once per rank."""
+        raise ValueError(message)
+
+
+def parse_arguments(
+    argv: Sequence[str],
+) -> tuple[ModelArguments, DataArguments, dict[str, Any], PretrainArguments]:
+    """Read the command line.
+
+    Args:
+        argv: arguments without the program's name.
+
+    Returns:
+        model arguments, data arguments, low-rank options (the JSON's block, the flags over it) and training
+        arguments.
+
+    Raises:
+        ValueError: unknown flag (with the nearest known one), a bad value, flags that contradict each other, or a
+            DeepSpeed setting that is not supported.
+        FileNotFoundError: a file that is named does not exist.
+    """
+    parser = _Parser(
+        (ModelArguments, DataArguments, LowRankArguments, PretrainArguments),
+        prog="pretrain.py",
+        description="Pretrain a LLaMA from scratch with low-rank optimizers under DeepSpeed ZeRO.",
+        allow_abbrev=False,
+    )
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = sorted(parser._option_string_actions)
+        near = difflib.get_close_matches(unknown[0], flags, n=1)
+        hint = f"; did you mean {near[0]}?" if near else " (--help lists the flags)"
+        raise ValueError(f"unknown argument {unknown[0]}{hint}")
+    values = vars(given)
+
+    def make(kind: Any) -> Any:
+        return kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
+
+    model, data = make(ModelArguments), make(DataArguments)
+    options = _low_rank_options(make(LowRankArguments), values)
+    # Last, because it starts the process group.
+    training = make(PretrainArguments)
+    if data.streaming and training.max_steps <= 0:
+        raise ValueError("--streaming needs --max_steps: a stream has no length")
+    return model, data, options, training
+
+
+def _low_rank_options(args: LowRankArguments, values: dict[str, Any]) -> dict[str, Any]:
+    """Block and flags together, checked as far as they can be without the model."""
+    block = {}
+    if values["deepspeed"] is not None:
+        block = ds_lowrank.check_deepspeed_config(values["deepspeed"]).get("lowrank", {})
+    options = args.options(block, values["optim_target_modules"])
+    ds_lowrank.LowRankConfig.from_dict(options)
+    return options

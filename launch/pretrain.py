@@ -1,0 +1,190 @@
+"""Pretrain a LLaMA from scratch with a low-rank optimizer on the Hugging Face Trainer.
+
+    deepspeed launch/pretrain.py --deepspeed configs/zero2.json
+
+trains a small model on the source text of Python's standard library, on the GPUs or, without one, on the CPU
+(``deepspeed --num_accelerators 2`` starts two CPU ranks), prints its validation perplexity, and leaves the model, its
+tokenizer, ``metrics.json`` and a TensorBoard log in ``runs/pretrain``. ``--help`` lists the flags.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from arguments import DataArguments, ModelArguments, PretrainArguments, parse_arguments
+from data import PackedData, collate, load_data
+from trainer import PretrainTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import ds_lowrank
+
+
+def main(argv: list[str]) -> int:
+    """Run the script; returns its exit code: 2 when the command line or the data cannot be used."""
+    _quieten()
+    try:
+        trainer, config = set_up(argv)
+    except (ValueError, OSError) as error:
+        return _refuse(error)
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    metrics = finish(trainer, result.metrics, config)
+    if trainer.is_world_process_zero():
+        print(f"saved to {trainer.args.output_dir}")
+        print(f"validation perplexity: {metrics['perplexity']:.3f}", flush=True)
+    return 0
+
+
+def set_up(argv: list[str]) -> tuple[PretrainTrainer, ds_lowrank.LowRankConfig]:
+    """Everything before training: arguments, data, model and Trainer.
+
+    Raises:
+        ValueError: a bad argument, an unsupported setting, or nothing to project.
+        OSError: a file, dataset or tokenizer that is not there.
+    """
+    model_args, data_args, low_rank_options, args = parse_arguments(argv)
+    data = load_data(
+        data_args,
+        rank=args.process_index,
+        world_size=args.world_size,
+        first=partial(args.main_process_first, desc="tokenizing"),
+    )
+    data.train = _whole_steps(data.train, args)
+    transformers.set_seed(args.seed)  # the same weights on every rank
+    model = build_model(model_args, data_args, data.tokenizer)
+    config = low_rank_config(low_rank_options, args, model)
+    projected = ds_lowrank.projected_names(model, config)
+    if args.optimizer == "frozen":
+        freeze(model, projected)
+    return build_trainer(model, config, data, data_args, args), config
+
+
+def build_model(
+    model_args: ModelArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Model with fresh weights from its configuration; vocabulary and special tokens are the tokenizer's."""
+    config = AutoConfig.from_pretrained(model_args.model_config)
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    # GaLore's files say -1, which is an index out of range for an embedding.
+    config.pad_token_id = tokenizer.pad_token_id
+    config.max_position_embeddings = max(config.max_position_embeddings, data_args.max_length)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def low_rank_config(
+    options: dict[str, Any], args: PretrainArguments, model: PreTrainedModel
+) -> ds_lowrank.LowRankConfig:
+    """Options of the block and the flags, completed for this model.
+
+    Where no rank is given it is a quarter of the hidden size (GaLore's ranks for 60M, 350M, 1B and 7B); where no seed
+    of the sampler is given it is ``--seed``.
+    """
+    defaults = {"rank": max(1, model.config.hidden_size // 4), "seed": args.seed}
+    return ds_lowrank.LowRankConfig.from_dict({**defaults, **options})
+
+
+def freeze(model: PreTrainedModel, names: list[str]) -> None:
+    """Keep the named parameters as they are: the control that shows what their training is worth."""
+    parameters = dict(model.named_parameters())
+    for name in names:
+        parameters[name].requires_grad_(False)
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    config: ds_lowrank.LowRankConfig,
+    data: PackedData,
+    data_args: DataArguments,
+    args: PretrainArguments,
+) -> PretrainTrainer:
+    """Trainer with our optimizer, or with the Trainer's own AdamW for ``adamw`` and ``frozen``."""
+    low_rank = args.optimizer == "lowrank"
+    return PretrainTrainer(
+        sequence_length=data_args.max_length,
+        low_rank=low_rank,
+        model=model,
+        args=args,
+        data_collator=collate,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.tokenizer,
+        callbacks=[ds_lowrank.LowRankCallback()] if low_rank else None,
+        optimizer_cls_and_kwargs=(ds_lowrank.trainer_optimizer(config, args=args) if low_rank else None),
+    )
+
+
+def finish(
+    trainer: PretrainTrainer, train_metrics: dict[str, float], config: ds_lowrank.LowRankConfig
+) -> dict[str, Any]:
+    """Evaluate, save model and tokenizer, write ``metrics.json``; returns its content."""
+    args = trainer.args
+    eval_loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model(args.output_dir)
+    tokens = trainer.state.global_step * trainer.tokens_per_step
+    metrics = {
+        "optimizer": args.optimizer,
+        "perplexity": math.exp(eval_loss) if eval_loss < 700 else math.inf,
+        "eval_loss": eval_loss,
+        "train_loss": train_metrics["train_loss"],
+        "steps": trainer.state.global_step,
+        "tokens": tokens,
+        "train_seconds": train_metrics["train_runtime"],
+        "tokens_per_second": tokens / train_metrics["train_runtime"],
+        "world_size": args.world_size,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "lowrank": config.to_dict() if trainer.low_rank else None,
+    }
+    if trainer.is_world_process_zero():
+        Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def _whole_steps(train: Any, args: PretrainArguments) -> Any:
+    """Leave out the few sequences that would make a smaller last step, so that every step counts the same tokens."""
+    if not isinstance(train, datasets.Dataset):
+        return train
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if len(train) < batch:
+        raise ValueError(
+            f"the training split has {len(train)} sequences, less than one step of {batch} over all ranks: give more "
+            "text, or a smaller --batch_size, --gradient_accumulation or --max_length"
+        )
+    return train.select(range(len(train) // batch * batch))
+
+
+def _quieten() -> None:
+    """Leave the console to what a user wants to read."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("DeepSpeed", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # torch 2.13 renames collectives that DeepSpeed still calls by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _refuse(error: Exception) -> int:
+    """Report a user's error once: the other ranks meet it too, and the launcher ends them after the first."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(3)
+    print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

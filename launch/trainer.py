@@ -1,0 +1,112 @@
+"""The Trainer of the launch scripts: throughput and subspace figures in its logs, one line a log on the console."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from datasets import IterableDataset
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+import ds_lowrank
+
+
+class PretrainTrainer(Trainer):
+    """``Trainer`` that logs tokens per second and the low-rank optimizer's figures, and reads streams per rank.
+
+    Args:
+        sequence_length: tokens in a row of the training set.
+        low_rank: whether the optimizer is ours, with figures of its own.
+        kwargs: of ``Trainer``.
+    """
+
+    def __init__(self, *, sequence_length: int, low_rank: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.low_rank = low_rank
+        args = self.args
+        sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.tokens_per_step = sequences * args.world_size * sequence_length
+        self._clock = (0, time.perf_counter())
+        if not args.disable_tqdm:
+            for default in (ProgressCallback, PrinterCallback):
+                self.remove_callback(default)
+            self.add_callback(ConsoleCallback())
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's, except that every rank reads its own share of a stream (accelerate reads all on one)."""
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's; its time does not count against training throughput."""
+        start = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        step, then = self._clock
+        self._clock = (step, then + time.perf_counter() - start)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add throughput and subspace figures to a training log; every rank comes here at the same steps."""
+        if "loss" in logs:
+            logs.update(self._throughput())
+            if self.low_rank:
+                logs.update(ds_lowrank.metrics(self.optimizer))
+        super().log(logs, start_time)
+
+    def _throughput(self) -> dict[str, float]:
+        step, then = self._clock
+        now = time.perf_counter()
+        self._clock = (self.state.global_step, now)
+        if not step:  # the first interval holds the start of the engine as well
+            return {}
+        tokens = (self.state.global_step - step) * self.tokens_per_step
+        return {"tokens_per_second": tokens / (now - then)}
+
+
+# Key in the logs, label on the console, format.
+_COLUMNS = (
+    ("loss", "loss", "{:.4f}"),
+    ("eval_loss", "validation loss", "{:.4f}"),
+    ("learning_rate", "lr", "{:.2e}"),
+    ("grad_norm", "grad norm", "{:.3f}"),
+    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("lowrank/refresh_seconds", "refresh s", "{:.3f}"),
+    ("lowrank/overlap", "overlap", "{:.2f}"),
+)
+
+
+class ConsoleCallback(ProgressCallback):
+    """Progress bar, and above it one line a log instead of a printed dictionary."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar; in a log file, where it cannot overwrite itself, it moves twice a minute only."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None and not sys.stderr.isatty():
+            self.training_bar.mininterval = 30
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print the figures of ``logs`` that have a column; others are for TensorBoard."""
+        if self.training_bar is None or not state.is_world_process_zero or logs is None:
+            return
+        parts = [f"{label} {form.format(logs[key])}" for key, label, form in _COLUMNS if key in logs]
+        if parts:
+            self.training_bar.write(f"step {state.global_step:>6}  " + "  ".join(parts))
