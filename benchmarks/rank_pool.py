@@ -32,7 +32,7 @@ class RankPool:
 
     def __init__(self, size: int, timeout: float = 120.0, threads: int = 1):
         context = mp.get_context("spawn")
-        port = _free_port()
+        port = free_port()
         self.size = size
         self._timeout = timeout
         self._pipes: list[Connection] = []
@@ -124,7 +124,8 @@ def _ready() -> None:
     """Answer, once the group is up."""
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

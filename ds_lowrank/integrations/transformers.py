@@ -42,11 +42,19 @@ def trainer_optimizer(
 
 
 class _Factory:
-    """What the Trainer instantiates and calls with the model, before any sharding, with the real names."""
+    """What the Trainer instantiates and calls with the model, before any sharding, with the real names.
+
+    A Trainer of transformers < 5 knows no factories: it calls this as if it were an optimizer class, with groups of
+    its own, and gets the optimizer for its model.
+    """
+
+    def __new__(cls, *groups: Any, **kwargs: Any) -> Any:
+        factory = super().__new__(cls)
+        return factory(_calling_trainer().model, **kwargs) if groups else factory
 
     def __call__(self, model: nn.Module, config: LowRankConfig | None, args: Any) -> LowRankAdamW:
         if args is None:
-            args = _calling_trainers_args()
+            args = _calling_trainer().args
         deepspeed_config = _active_deepspeed_config()
         if deepspeed_config is not None:
             check_deepspeed_config(deepspeed_config)
@@ -120,19 +128,21 @@ def _unwrap(optimizer: Any) -> LowRankAdamW:
     return seen
 
 
-def _calling_trainers_args() -> Any:
-    """Arguments of the Trainer that is building the optimizer.
+def _calling_trainer() -> Any:
+    """The Trainer that is building the optimizer.
 
-    The Trainer hands a factory the model and nothing else, so they are read from the frame that calls it.
+    It hands a factory the model and nothing else, so it is looked up among the frames that called.
     """
-    frame = sys._getframe(2)
-    args = getattr(frame.f_locals.get("self"), "args", None)
-    if not hasattr(args, "learning_rate"):
-        raise ValueError(
-            "the TrainingArguments cannot be found from here: pass them, "
-            "ds_lowrank.trainer_optimizer(config, args=training_args)"
-        )
-    return args
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if hasattr(getattr(owner, "args", None), "learning_rate") and hasattr(owner, "model"):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    raise ValueError(
+        "the TrainingArguments cannot be found from here: pass them, "
+        "ds_lowrank.trainer_optimizer(config, args=training_args)"
+    )
 
 
 def _active_deepspeed_config() -> dict[str, Any] | None:

@@ -53,6 +53,23 @@ def test_training_arguments_are_honoured(tmp_path):
         assert found == (0.03, (0.7, 0.8), 1e-5, decay)
 
 
+def test_a_trainer_without_factories_gets_the_optimizer_too(tmp_path):
+    """transformers < 5 calls optimizer_cls(groups, **kwargs) and expects an optimizer of its model's parameters."""
+    run = trainer(tmp_path, trainer_optimizer({"rank": 4}), **TRAINING)
+
+    class OldTrainer:
+        args, model = run.args, run.model
+
+        def create_optimizer(self):
+            kind, kwargs = run.optimizer_cls_and_kwargs
+            return kind([{"params": list(self.model.parameters())}], **kwargs)
+
+    optimizer = OldTrainer().create_optimizer()
+    assert isinstance(optimizer, LowRankAdamW)
+    assert optimizer.param_groups[0]["lr"] == 0.03
+    assert len(optimizer.matrix_specs) == 14
+
+
 def test_the_configuration_wins_over_training_arguments(tmp_path):
     config = LowRankConfig(rank=4, lr=0.5, betas=(0.1, 0.2), eps=1e-3, weight_decay=0.3)
     group = trainer(tmp_path, trainer_optimizer(config), **TRAINING).create_optimizer().param_groups[0]
