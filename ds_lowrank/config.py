@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -127,7 +128,11 @@ class LowRankConfig:
         DeepSpeed ignores top-level blocks that it does not know, so the block may live in its file. A missing block
         means the defaults.
         """
-        return cls.from_dict(load_json(config).get(BLOCK, {}))
+        content = load_json(config)
+        for key in content:
+            if key != BLOCK and difflib.get_close_matches(str(key).lower(), [BLOCK], cutoff=0.8):
+                raise ValueError(f'unknown block "{key}" in the DeepSpeed configuration: did you mean "{BLOCK}"?')
+        return cls.from_dict(content.get(BLOCK, {}))
 
     def replace(self, **overrides: Any) -> LowRankConfig:
         """Copy with some options replaced, checked again; unknown names are refused as in :meth:`from_dict`."""
@@ -185,7 +190,7 @@ def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any, where: str = "
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require_positive_int(option: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,13 +14,15 @@ from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.layouts import Layout, Member, find_layout
 from ds_lowrank.plan import MatrixSpec, make_plan
-from ds_lowrank.refresh import Refresher, RefreshStats
+from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats
 from ds_lowrank.rows import MatrixPlan
 from ds_lowrank.step import LowRankStep, work_dtype
 
 # Low-rank states hang on a string key of ``state``: torch's and DeepSpeed's loaders cast what hangs on a parameter
 # to its dtype and pass over the rest.
 STATE_KEY = "lowrank"
+
+_LOWRANK_KEYS = ("rank", "update_proj_gap", "scale", "proj_type")
 
 # Called by every construction: integrations refuse here what would otherwise go wrong without a word.
 construction_checks: list[Callable[[], None]] = []
@@ -105,8 +108,10 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._all_groups: list[dict[str, Any]] = self.param_groups
         self._members: list[Member] = []
         self._specs: list[MatrixSpec] = []
+        self._group_options: list[dict[str, Any]] = []
         for index, group in enumerate(self.param_groups):
             self._register(index, group)
+        self._loaded = False
         self._layout: Layout | None = None
         self._plans: list[list[MatrixPlan]] = []
         self._stepper: LowRankStep | None = None
@@ -129,6 +134,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         ranks: Any = group.get("rank")
         lowrank = ranks is not None
         if lowrank:
+            _refuse_unknown(index, group)
             group.setdefault("scale", self.config.scale)
             if not isinstance(ranks, (list, tuple)):
                 ranks = [ranks] * len(names)
@@ -136,9 +142,13 @@ class LowRankAdamW(torch.optim.Optimizer):
                 raise ValueError(f"group {index}: {len(ranks)} ranks for {len(names)} parameters")
         for k, (name, parameter) in enumerate(zip(names, group["params"])):
             shape = tuple(parameter.shape)
+            if any(m.name == name for m in self._members):
+                raise ValueError(f"group {index}: the parameter name {name!r} is taken already: names must be unique")
             self._members.append(Member(name, parameter, shape, index))
             if lowrank:
                 self._specs.append(self._spec(name, shape, index, ranks[k], group))
+        kept = ("name", "param_names", *_LOWRANK_KEYS)
+        self._group_options.append({key: group[key] for key in kept if key in group})
 
     def _spec(self, name: str, shape: tuple[int, ...], index: int, rank: int, group: dict[str, Any]) -> MatrixSpec:
         if len(shape) != 2:
@@ -196,10 +206,20 @@ class LowRankAdamW(torch.optim.Optimizer):
         return stats
 
     def ensure_state(self) -> None:
-        """Find the layout, verify it and create what state is missing. Collective at its first call, then free."""
+        """Find the layout, verify it and create what state is missing.
+
+        Collective at the first call and at the first after a load, free otherwise.
+
+        Raises:
+            ValueError: a loaded state does not fit, on all ranks.
+        """
+        if not hasattr(self, "_specs"):
+            raise TypeError("a copied or unpickled LowRankAdamW has no parameters: build a new one and load its state")
         if self._layout is None:
             self._find_layout()
         states = self.state[STATE_KEY]  # type: ignore[index]
+        if self._loaded:
+            self._adopt_loaded(states)
         if all(plan.name in states for plan in self._stateful):
             return
         assert self._stepper is not None
@@ -209,11 +229,36 @@ class LowRankAdamW(torch.optim.Optimizer):
                 if state is not None:
                     states[plan.name] = state
 
+    def _adopt_loaded(self, states: dict[str, MatrixState]) -> None:
+        """Check a loaded state against the plan and put it where the weights are: loaders leave it on the CPU."""
+        assert self._stepper is not None
+        known = {plan.name for plan in self._stateful}
+        wrong = [f"it has {name!r}, which is no projected parameter here" for name in states if name not in known]
+        for plan in self._stateful:
+            if plan.name in states:
+                fault = self._stepper.fit_state(plan, states[plan.name], self._dtype_of(plan.group))
+                wrong += [fault] if fault else []
+        for rank, faults in enumerate(self._comm.gather_objects(wrong[:1])):
+            if faults:
+                raise ValueError(
+                    f"the loaded optimizer state does not fit this run (rank {rank}): {faults[0]}. Resume with the "
+                    "same model, rank, rank_pattern, optim_target_modules and number of ranks"
+                )
+        self._loaded = False
+
     def _find_layout(self) -> None:
         layout = find_layout(self._members, self._all_groups)
         comm = Comm(layout.ranks)
-        plans = make_plan(self._specs, layout, comm, stagger=self.config.stagger, wave_size=self.config.wave_size)
         config = self.config
+        scales = [options.get("scale") for options in self._group_options]
+        plans = make_plan(
+            self._specs,
+            layout,
+            comm,
+            stagger=config.stagger,
+            wave_size=config.wave_size,
+            options=repr((config, scales)),
+        )
         self._refresher = Refresher(
             comm, config.selection, config.moments, config.seed, _gram_dtype(config.gram_dtype, layout.ranks.device)
         )
@@ -259,7 +304,9 @@ class LowRankAdamW(torch.optim.Optimizer):
         """Plain AdamW, torch's own, on whatever tensors the group holds."""
         params = [p for p in group["params"] if p.grad is not None]
         for p in params:
-            if not self.state[p]:
+            if self.state[p]:
+                self.state[p]["step"] = self.state[p]["step"].to(p.device)  # loaders leave it on the CPU
+            else:
                 # torch's fused kernel takes counters on the parameter's device and moments in its dtype
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
@@ -285,9 +332,29 @@ class LowRankAdamW(torch.optim.Optimizer):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by ``load_state_dict``, which makes new group dicts: go on with those."""
+        """Called by ``load_state_dict``, which makes new group dicts: go on with those.
+
+        What this run was configured with (ranks, scale, schedule, names) stays; learning rate, betas, eps and weight
+        decay are the checkpoint's, as torch's optimizers have it.
+        """
         super().__setstate__(state)
-        self._all_groups = self.param_groups
+        if hasattr(self, "_specs"):
+            self._all_groups = self.param_groups
+            self._loaded = True
+            for group, options in zip(self.param_groups, self._group_options):
+                group.update(options)
+
+
+def _refuse_unknown(index: int, group: dict[str, Any]) -> None:
+    known = ("params", "param_names", "name", "lr", "initial_lr", "betas", "eps", "weight_decay", *_LOWRANK_KEYS)
+    for key in group:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"group {index}: unknown option {key!r}{hint} A low-rank group may set {', '.join(_LOWRANK_KEYS)} and "
+                "AdamW's options; selection, moments, seed and the rest belong to the optimizer"
+            )
 
 
 def _gram_dtype(option: str, device: torch.device) -> torch.dtype:

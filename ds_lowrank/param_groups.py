@@ -51,6 +51,8 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> list[Target]:
     used: set[str] = set()
     chosen: dict[int, str] = {}
     for module_name, module in _linear_like(model):
+        if not module.weight.requires_grad:
+            continue
         hits = [p for p in patterns if _matches(p, module_name, module)]
         if module in protected:
             hits = [p for p in hits if p != "all-linear" and module_name.rsplit(".", 1)[-1] in p]
@@ -58,10 +60,12 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> list[Target]:
             used.update(hits)
             chosen[id(module.weight)] = module_name
     unused = [p for p in patterns if p not in used]
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("nothing is projected: every parameter of the model is frozen")
     if unused:
         names = [name for name, module in _linear_like(model) if module not in protected]
         raise ValueError(
-            f"optim_target_modules: {', '.join(map(repr, unused))} matches no linear layer that can be projected. "
+            f"optim_target_modules: {', '.join(map(repr, unused))} matches no trainable linear layer. "
             f"Linear layers here: {_shorten(names)}"
         )
     targets = [

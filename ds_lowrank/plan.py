@@ -35,7 +35,7 @@ class MatrixSpec:
 
 
 def make_plan(
-    specs: Sequence[MatrixSpec], layout: Layout, comm: Comm, *, stagger: bool, wave_size: int
+    specs: Sequence[MatrixSpec], layout: Layout, comm: Comm, *, stagger: bool, wave_size: int, options: str
 ) -> dict[str, MatrixPlan]:
     """Plan every projected matrix. Collective.
 
@@ -44,6 +44,7 @@ def make_plan(
         layout: this rank's pieces.
         comm: the collectives.
         stagger, wave_size: see :func:`ds_lowrank.subspace.schedule.phases`.
+        options: every other option that the ranks have to agree on.
 
     Returns:
         name -> plan, in the order of ``specs``.
@@ -53,7 +54,7 @@ def make_plan(
             matrix once, or the ranks disagree about the model or the options.
     """
     mine = {s.name: layout.pieces.get(s.name) for s in specs}
-    fingerprint = hashlib.sha256(repr((list(specs), stagger, wave_size)).encode()).hexdigest()
+    fingerprint = hashlib.sha256(repr((list(specs), stagger, wave_size, options)).encode()).hexdigest()
     gathered = comm.gather_objects((layout.mismatch(), fingerprint, mine))
     for rank, (mismatch, _, _) in enumerate(gathered):
         if mismatch:

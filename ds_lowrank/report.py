@@ -56,11 +56,13 @@ def make_report(optimizer: LowRankAdamW) -> Report:
     ranks = layout.ranks.size
     names = {p.name for p in plans}
     itemsize = {m.name: work_dtype(m.parameter.dtype).itemsize for m in optimizer.members}
+    # torch's AdamW keeps moments in the dtype of the weights that it is given.
+    adamw = {m.name: layout.flat_params(m.group)[0].dtype.itemsize for m in optimizer.members}
     rest = [m for m in optimizer.members if m.name not in names]
     low = [sum(_state_numel(p, k) * itemsize[p.name] for p in plans) for k in range(ranks)]
-    held = [sum(_held(p, k) * itemsize[p.name] for p in plans) for k in range(ranks)]
+    held = [sum(_held(p, k) * adamw[p.name] for p in plans) for k in range(ranks)]
     # The groups of full-rank parameters are cut evenly, whatever they hold.
-    full = -(-sum(2 * m.parameter.numel() * itemsize[m.name] for m in rest) // ranks)
+    full = -(-sum(2 * m.parameter.numel() * adamw[m.name] for m in rest) // ranks)
     return Report(
         layout=layout.kind,
         ranks=ranks,

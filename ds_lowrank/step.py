@@ -56,6 +56,20 @@ class LowRankStep:
             state["indices"] = torch.full((plan.rank,), -1, dtype=torch.int32)
         return state
 
+    def fit_state(self, plan: MatrixPlan, state: MatrixState, dtype: torch.dtype) -> str | None:
+        """Bring a loaded state of one matrix to the weights' device; returns what does not fit, if anything."""
+        expected = self.new_state(plan, dtype) or {}
+        if state.keys() != expected.keys():
+            return f"{plan.name} {plan.shape} has {sorted(state)} where this run keeps {sorted(expected)}"
+        for key, value in expected.items():
+            found = state[key]
+            if isinstance(value, Tensor):
+                if not isinstance(found, Tensor) or (found.shape, found.dtype) != (value.shape, value.dtype):
+                    is_like = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else repr(found)
+                    return f"{key} of {plan.name} {plan.shape} is {is_like}, not {tuple(value.shape)} {value.dtype}"
+                state[key] = found.to(value.device)
+        return None
+
     def run(
         self,
         plans: Sequence[MatrixPlan],

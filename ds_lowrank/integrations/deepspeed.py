@@ -15,8 +15,9 @@ from ds_lowrank.config import LowRankConfig, load_json
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.param_groups import param_groups
 
-# The range that the layout's private attributes were checked against; scripts test the ends of it.
 OLDEST, TOO_NEW = (0, 16), (0, 20)
+# Between these, DeepSpeed mistakes stage 1 with bf16 and fp32 accumulation for stage 0 (seen in 0.17.6 and 0.18.0).
+_NO_BF16_OPTIMIZER = ((0, 17), (0, 19))
 
 
 def deepspeed_optimizer(
@@ -101,9 +102,9 @@ def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, 
             for a DeepSpeed outside the supported range.
         FileNotFoundError: no such file.
     """
-    _check_version(importlib.metadata.version("deepspeed"))
+    release = _check_version(importlib.metadata.version("deepspeed"))
     content = load_json(config)
-    if "optimizer" in content:
+    if content.get("optimizer") is not None:
         raise ValueError(
             'the DeepSpeed configuration has an "optimizer" block beside the low-rank optimizer: remove the block; lr, '
             'betas, eps and weight_decay go into the "lowrank" block or the Trainer\'s arguments'
@@ -111,7 +112,7 @@ def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, 
     zero = content.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         raise ValueError('"zero_optimization" must be a block with a "stage"')
-    _check_stage(zero)
+    _check_stage(zero, content, release)
     _check_offload(zero)
     for key, what in (
         ("round_robin_gradients", "links fragments in another order than it stores them"),
@@ -140,12 +141,13 @@ def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, 
 
 
 def prepare_cpu() -> None:
-    """Make DeepSpeed start on a machine without a GPU without compiling anything.
+    """Make DeepSpeed start on a machine without an accelerator without compiling anything.
 
     DeepSpeed's CPU backend builds a shared-memory extension at its first start (about a minute, and a C++ compiler);
-    gloo serves without it. Call before ``torch.distributed`` is initialised; does nothing where there is a GPU.
+    gloo serves without it. Call before ``torch.distributed`` is initialised; does nothing where torch sees a GPU or
+    another accelerator.
     """
-    if torch.cuda.is_available():
+    if torch.accelerator.is_available():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
@@ -155,19 +157,28 @@ def prepare_cpu() -> None:
         compatible["deepspeed_shm_comm"] = False
 
 
-def _check_version(installed: str) -> None:
+def _check_version(installed: str) -> tuple[int, ...]:
     release = tuple(int(part) for part in installed.split("+")[0].split(".")[:2])
     if not OLDEST <= release < TOO_NEW:
         raise ValueError(
             f"DeepSpeed {installed} is outside the supported range: install deepspeed>={_dotted(OLDEST)},"
             f"<{_dotted(TOO_NEW)}"
         )
+    return release
 
 
-def _check_stage(zero: Mapping[str, Any]) -> None:
+def _check_stage(zero: Mapping[str, Any], content: Mapping[str, Any], release: tuple[int, ...]) -> None:
     stage = zero.get("stage", 0)
     if stage not in (1, 2):
         raise ValueError(f"zero_optimization.stage = {stage!r} is not supported yet: set it to 1 or 2")
+    accumulation = (content.get("data_types") or {}).get("grad_accum_dtype")
+    bf16 = (content.get("bf16") or {}).get("enabled") is True
+    first, last = _NO_BF16_OPTIMIZER
+    if stage == 1 and bf16 and accumulation == "fp32" and first <= release < last:
+        raise ValueError(
+            f"DeepSpeed {_dotted(release)} does not shard stage 1 with bf16 and data_types.grad_accum_dtype = fp32: "
+            "use stage 2, or another DeepSpeed"
+        )
 
 
 def _check_offload(zero: Mapping[str, Any]) -> None:
@@ -178,6 +189,13 @@ def _check_offload(zero: Mapping[str, Any]) -> None:
 
 
 def _check_precision(content: Mapping[str, Any]) -> None:
+    autocast = content.get("torch_autocast") or {}
+    if autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16", "half"):
+        raise ValueError(
+            "torch_autocast with float16 is not supported: its scaler may skip a step on one rank only. Use bfloat16"
+        )
+    if (content.get("checkpoint") or {}).get("load_universal"):
+        raise ValueError("checkpoint.load_universal = true is not supported yet: load with the same number of ranks")
     fp16 = content.get("fp16", {})
     if isinstance(fp16, Mapping) and fp16.get("enabled") is True and not torch.cuda.is_available():
         raise ValueError("fp16 needs a GPU: DeepSpeed refuses it on a CPU. Use bf16 or fp32")

@@ -26,8 +26,9 @@ def trainer_optimizer(
     """Value for ``Trainer(..., optimizer_cls_and_kwargs=ds_lowrank.trainer_optimizer(...))``.
 
     Args:
-        config: the options, as a configuration or as a mapping of its fields. ``None`` reads the ``"lowrank"`` block
-            of the DeepSpeed JSON that the Trainer was given, or takes the defaults without one.
+        config: the options, as a configuration or as a mapping of its fields; they stand instead of a ``"lowrank"``
+            block, which is then not read. ``None`` reads the block of the DeepSpeed JSON that the Trainer was given,
+            or takes the defaults without one.
         args: the ``TrainingArguments``. ``None`` takes those of the Trainer that builds the optimizer.
 
     Learning rate, weight decay, betas and eps come from the ``TrainingArguments`` unless the configuration sets them.
@@ -55,7 +56,7 @@ class _Factory:
     def __call__(self, model: nn.Module, config: LowRankConfig | None, args: Any) -> LowRankAdamW:
         if args is None:
             args = _calling_trainer().args
-        deepspeed_config = _active_deepspeed_config()
+        deepspeed_config = _deepspeed_config(args)
         if deepspeed_config is not None:
             check_deepspeed_config(deepspeed_config)
             config = config or LowRankConfig.from_deepspeed(deepspeed_config)
@@ -145,10 +146,10 @@ def _calling_trainer() -> Any:
     )
 
 
-def _active_deepspeed_config() -> dict[str, Any] | None:
-    from transformers.integrations import deepspeed as integration
-
-    return integration.deepspeed_config()
+def _deepspeed_config(args: Any) -> dict[str, Any] | None:
+    """DeepSpeed configuration of these arguments; transformers' global one may be another Trainer's."""
+    wrapped = getattr(args, "hf_deepspeed_config", None)
+    return None if wrapped is None else wrapped.config
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ds_lowrank.layouts.base import Group, LayoutError, Member, Piece, Ranks
@@ -22,7 +21,9 @@ class LocalLayout:
             if not m.parameter.is_contiguous():
                 raise LayoutError(f"{m.name} {m.shape} is not contiguous: call .contiguous() on it before training")
         devices = {m.parameter.device for m in members}
-        self.ranks = Ranks(device=devices.pop() if len(devices) == 1 else torch.device("cpu"))
+        if len(devices) != 1:
+            raise LayoutError(f"the parameters lie on several devices ({', '.join(map(str, devices))}): use one device")
+        self.ranks = Ranks(device=devices.pop())
         self.pieces = {m.name: Piece(0, m.parameter.numel()) for m in members}
 
     def weight(self, name: str) -> Tensor:  # noqa: D102

@@ -33,8 +33,10 @@ class ZeroLayout:
         self._fragments: dict[str, tuple[Tensor, int, int]] = {}
         self._members = {m.name: m for m in members}
         self.pieces: dict[str, Piece] = {}
+        # Told by mismatch(), which all ranks exchange: an error raised here on one rank would leave the others hanging.
+        self._problem: str | None = None
         for m in members:
-            _refuse_parallelism(m)
+            self._problem = self._problem or _parallelism(m)
             mapping = getattr(m.parameter, "_hp_mapping", None)
             if mapping is None:  # this rank holds nothing of it
                 continue
@@ -42,10 +44,11 @@ class ZeroLayout:
             address, source = mapping.hp_fragment_address, mapping.lp_fragment_address
             inside = flat.data_ptr() + address.start * flat.element_size()
             if mapping.hp_fragment.data_ptr() != inside:
-                raise LayoutError(
+                self._problem = (
                     f"{m.name} {m.shape}: DeepSpeed {version('deepspeed')} links it to a buffer that is not partition "
                     f"{m.group} of the optimizer. Was a parameter group added or removed after initialize()?"
                 )
+                continue
             self._fragments[m.name] = (flat, address.start, address.numel)
             self.pieces[m.name] = Piece(source.start, source.start + source.numel)
         self.ranks = _ranks(members)
@@ -62,6 +65,8 @@ class ZeroLayout:
         return [self._flats[group]]
 
     def mismatch(self) -> str | None:  # noqa: D102
+        if self._problem:
+            return self._problem
         for name, piece in self.pieces.items():
             model = self._members[name].parameter.data.reshape(-1)[piece.start : piece.stop]
             master = self.weight(name).to(device=model.device, dtype=model.dtype)
@@ -83,7 +88,8 @@ def _only_partition(group: Group) -> Tensor:
     return params[0]
 
 
-def _refuse_parallelism(member: Member) -> None:
+def _parallelism(member: Member) -> str | None:
+    """What is wrong with a parameter that another parallelism than data parallelism owns."""
     parameter: Any = member.parameter
     for attribute, value, what in (
         ("allreduce", False, "an expert-parallel (MoE) parameter"),
@@ -91,10 +97,11 @@ def _refuse_parallelism(member: Member) -> None:
         ("tensor_model_parallel", True, "a tensor-parallel parameter"),
     ):
         if getattr(parameter, attribute, not value) == value:
-            raise LayoutError(
+            return (
                 f"{member.name} {member.shape} is {what}: ds_lowrank supports data parallelism under ZeRO-1/2 only. "
                 "Turn that parallelism off, or train with another optimizer"
             )
+    return None
 
 
 def _ranks(members: Sequence[Member]) -> Ranks:

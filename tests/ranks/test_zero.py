@@ -120,11 +120,19 @@ def _fingerprint(case: Case) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_deepspeeds_own_checkpoint_resumes_bitwise(pools, stage):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"stage": 1}, id="zero1"),
+        pytest.param({"stage": 2}, id="zero2"),
+        pytest.param({"stage": 1, **BF16_OPTIMIZER}, id="bf16-optimizer"),
+        pytest.param({"stage": 2, **OFFLOAD}, id="zero2-offload"),
+    ],
+)
+def test_deepspeeds_own_checkpoint_resumes_bitwise(pools, settings):
     """On the same number of ranks: state under a string key is neither cast nor lost."""
     with tempfile.TemporaryDirectory() as folder:
-        results = pools(3).run(_save_and_resume, Case(stage=stage, dtype="bf16"), folder)
+        results = pools(3).run(_save_and_resume, Case(dtype="bf16", **settings), folder)
     assert all(resumed == straight for straight, resumed in results)
 
 
@@ -156,12 +164,13 @@ def test_round_robin_gradients_are_found_out_on_every_rank(pools):
         assert "round_robin_gradients" in text
 
 
-def test_ranks_that_disagree_are_refused_on_every_rank(pools):
-    for text in pools(2).run(_layout_error, Case(), {"seed_rank": 1}):
+@pytest.mark.parametrize("option", [{"rank": 3}, {"scale": 0.5}, {"gram_dtype": "float32"}, {"moments": "project"}])
+def test_ranks_that_disagree_are_refused_on_every_rank(pools, option):
+    for text in pools(2).run(_layout_error, Case(), {"on_rank_1": option}):
         assert "ranks [1] project other matrices, or with other options, than rank 0" in text
 
 
-def test_expert_parameters_are_refused_by_name(pools):
+def test_an_expert_parameter_on_one_rank_is_refused_by_name_on_all(pools):
     for text in pools(2).run(_layout_error, Case(), {"expert": "layers.0.1.weight"}):
         assert "layers.0.1.weight" in text
         assert "MoE" in text
@@ -185,7 +194,7 @@ def _layout_error(case: Case, trouble: dict | None) -> str:
     from ds_lowrank.integrations.deepspeed import build_optimizer
 
     rank = torch.distributed.get_rank()
-    options = {"rank": 3 if trouble.get("seed_rank") == rank else 4}
+    options = {"rank": 4, **(trouble.get("on_rank_1", {}) if rank == 1 else {})}
     model = build_model(case)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -193,7 +202,7 @@ def _layout_error(case: Case, trouble: dict | None) -> str:
     engine = None
     if not trouble.get("no_engine"):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(case))
-    if "expert" in trouble:
+    if "expert" in trouble and rank == 1:
         dict(model.named_parameters())[trouble["expert"]].allreduce = False
     try:
         optimizer.ensure_state()

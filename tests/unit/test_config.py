@@ -44,6 +44,7 @@ def test_defaults_are_the_fields():
         ({"betas": [0.9]}, "lowrank.betas must be two numbers"),
         ({"eps": 0}, "lowrank.eps must be a number above 0"),
         ({"weight_decay": float("nan")}, "lowrank.weight_decay"),
+        ({"scale": float("inf")}, "lowrank.scale must be a number above 0"),
         ([1], "must be a mapping"),
     ],
 )
@@ -89,12 +90,16 @@ def test_missing_and_broken_files(tmp_path):
         ({"compile": {"deepcompile": True}}, "deepcompile"),
         ({"fp16": {"enabled": True}}, "fp16 needs a GPU"),
         ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast with float16"),
+        ({"checkpoint": {"load_universal": True}}, "load_universal"),
         ({"lowrank": {"rank": 0}}, "lowrank.rank"),
+        ({"low_rank": {"rank": 8}}, 'unknown block "low_rank".*did you mean "lowrank"'),
+        ({"LowRank": {"rank": 8}}, 'did you mean "lowrank"'),
     ],
 )
 def test_unsupported_deepspeed_settings_are_refused(change, text, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    check_deepspeed_config(GOOD)
+    check_deepspeed_config({**GOOD, "optimizer": None})
     with pytest.raises(ValueError, match=text):
         check_deepspeed_config({**GOOD, **change})
 
@@ -109,6 +114,25 @@ def test_deepspeed_versions(version, fine, monkeypatch):
     else:
         with pytest.raises(ValueError, match=r"install deepspeed>=0\.16,<0\.20"):
             check_deepspeed_config(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("version", "fine"), [("0.16.0", True), ("0.17.6", False), ("0.18.0", False), ("0.19.8", True)]
+)
+def test_bf16_optimizer_where_deepspeed_has_it(version, fine, monkeypatch):
+    """Seen in 0.17.6 and 0.18.0: stage 1 with bf16 and fp32 accumulation is taken for stage 0."""
+    monkeypatch.setattr(integration.importlib.metadata, "version", lambda name: version)
+    config = {
+        **GOOD,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    if fine:
+        check_deepspeed_config(config)
+    else:
+        with pytest.raises(ValueError, match="use stage 2, or another DeepSpeed"):
+            check_deepspeed_config(config)
 
 
 def test_raw_deepspeed_needs_its_permission():

@@ -1,5 +1,6 @@
 """LowRankAdamW on one process: against the reference, and through gradients that break optimizers."""
 
+import copy
 import io
 import logging
 
@@ -228,11 +229,65 @@ def test_a_step_may_be_cut_to_one_group():
         ({"rank": 2}, {"lr": -1}, "lr must be a number >= 0"),
         ({"rank": 2}, {"selection": "sara"}, "selection"),
         ({"rank": 2, "params": []}, {}, "empty"),
+        ({"rank": 2, "update_gap": 5}, {}, "group 0: unknown option 'update_gap'; did you mean 'update_proj_gap'"),
+        ({"rank": 2, "selection": "dominant"}, {}, "selection.* belong to the optimizer"),
     ],
 )
 def test_bad_groups_and_options_are_refused(group, options, text):
     with pytest.raises(ValueError, match=text):
         LowRankAdamW([{"params": [("w", nn.Parameter(torch.ones(8, 8)))], **group}], **options)
+
+
+def test_a_name_that_is_taken_is_refused():
+    """Two models' ``weight`` would share one plan and one state."""
+    groups = [{"params": [("weight", nn.Parameter(torch.ones(4, 4)))], "rank": 2} for _ in range(2)]
+    with pytest.raises(ValueError, match="'weight' is taken already"):
+        LowRankAdamW(groups)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda low: low.update(tall={**low["tall"], "basis": torch.zeros(10, 3)}),
+            r"basis of tall \(24, 10\) is \(10, 3\)",
+        ),
+        (lambda low: low.update(tall={**low["tall"], "basis": low["tall"]["basis"].double()}), "torch.float64, not"),
+        (lambda low: low.update(other=low.pop("tall")), "'other', which is no projected parameter here"),
+        (lambda low: low["tall"].pop("exp_avg"), r"tall \(24, 10\) has"),
+    ],
+)
+def test_a_loaded_state_that_does_not_fit_is_refused_by_name(change, text):
+    params = parameters()
+    optimizer = make(params)
+    for p in params.values():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][STATE_KEY] = {name: dict(state) for name, state in saved["state"][STATE_KEY].items()}
+    change(saved["state"][STATE_KEY])
+    fresh = make(params)
+    fresh.load_state_dict(saved)
+    with pytest.raises(ValueError, match=text):
+        fresh.step()
+
+
+def test_a_load_keeps_what_this_run_was_configured_with():
+    params = parameters()
+    old, new = make(params, scale=0.5, lr=0.3), make(params, scale=0.25, lr=0.1)
+    new.load_state_dict(old.state_dict())
+    group = new.param_groups[0]
+    assert (group["scale"], group["rank"], group["lr"]) == (0.25, 4, 0.3)
+
+
+def test_parameters_frozen_later_and_copies_of_the_optimizer_are_refused():
+    params = parameters()
+    optimizer = make(params)
+    params["wide"].requires_grad_(False)
+    with pytest.raises(LayoutError, match=r"wide \(9, 31\) was frozen after"):
+        optimizer.step()
+    with pytest.raises(TypeError, match="build a new one"):
+        copy.deepcopy(make(parameters())).step()
 
 
 def test_galores_groups_without_names_work():

@@ -79,11 +79,14 @@ def test_a_wide_pattern_does_not_name_the_head(pattern):
 
 
 def test_patterns_that_match_nothing_are_refused():
-    with pytest.raises(ValueError, match=r"'attention' matches no linear layer.*layers\.0\.q_proj"):
+    with pytest.raises(ValueError, match=r"'attention' matches no trainable linear layer.*layers\.0\.q_proj"):
         param_groups(Model(), LowRankConfig(rank=4, optim_target_modules=["q_proj", "attention"]))
     with pytest.raises(ValueError, match=r"rank_pattern: 'gate' matches no projected parameter"):
         param_groups(Model(), LowRankConfig(rank=4, rank_pattern={"gate": 2}))
     frozen = Model()
+    frozen.layers[1].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'layers\.1' matches no trainable linear layer"):
+        param_groups(frozen, LowRankConfig(rank=4, optim_target_modules=["layers.0", "layers.1"]))
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing is projected"):
         param_groups(frozen, LowRankConfig(rank=4))

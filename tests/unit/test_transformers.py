@@ -109,6 +109,16 @@ def test_the_printed_bytes_are_the_measured_ones():
     assert make_report(optimizer).state_bytes == [pytest.approx(measured_state_bytes(optimizer) - counted, abs=64)]
 
 
+def test_the_printed_ratio_is_right_for_bf16_weights_without_a_master():
+    """torch's AdamW keeps bf16 moments there; the low-rank states stay fp32."""
+    from ds_lowrank.integrations.deepspeed import build_optimizer
+    from ds_lowrank.report import make_report
+
+    net = model().bfloat16()
+    report = make_report(build_optimizer(net, LowRankConfig(rank=4), {"lr": 0.1}))
+    assert report.adamw_bytes == [2 * 2 * sum(p.numel() for p in net.parameters())]
+
+
 def test_the_callback_refuses_another_optimizer(tmp_path):
     with pytest.raises(ValueError, match="AdamW and not LowRankAdamW"):
         trainer(tmp_path, None, [LowRankCallback()]).train()
@@ -133,17 +143,17 @@ def test_an_optimizer_that_the_trainer_would_drop_is_refused():
 )
 def test_the_trainers_deepspeed_configuration_is_checked(change, text, tmp_path):
     run = trainer(tmp_path, trainer_optimizer())
-    active = HfTrainerDeepSpeedConfig({**ZERO2, **change})
+    run.args.hf_deepspeed_config = HfTrainerDeepSpeedConfig({**ZERO2, **change})
     with pytest.raises(ValueError, match=text):
         run.create_optimizer()
-    del active
 
 
 def test_the_block_is_read_where_no_configuration_is_given(tmp_path):
     run = trainer(tmp_path, trainer_optimizer())
-    active = HfTrainerDeepSpeedConfig({**ZERO2, "lowrank": {"rank": 3, "selection": "dominant"}})
+    run.args.hf_deepspeed_config = HfTrainerDeepSpeedConfig({**ZERO2, "lowrank": {"rank": 3, "selection": "dominant"}})
+    another = HfTrainerDeepSpeedConfig({**ZERO2, "lowrank": {"rank": 7}})  # the global one is now another Trainer's
     optimizer = run.create_optimizer()
-    del active
+    del another
     assert {s.rank for s in optimizer.matrix_specs} == {3}
     assert optimizer.config.selection == "dominant"
 
