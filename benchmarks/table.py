@@ -27,7 +27,7 @@ def show(rows: Sequence[Row], title: str, json_file: Path | None = None) -> None
         table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
     for row in rows:
         table.add_row(*(format_value(row.get(column)) for column in columns))
-    Console(width=170, highlight=False).print(table)
+    Console(width=200, highlight=False).print(table)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(list(rows), indent=1) + "\n")

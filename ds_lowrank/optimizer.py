@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -113,7 +114,8 @@ class LowRankAdamW(torch.optim.Optimizer):
             self._register(index, group)
         self._loaded = False
         self._layout: Layout | None = None
-        self._plans: list[list[MatrixPlan]] = []
+        self._plans: list[list[MatrixPlan]] = []  # a list a group
+        self._stateful: list[MatrixPlan] = []  # of which this rank keeps something
         self._stepper: LowRankStep | None = None
         self._refresher: Refresher | None = None
         self._group_index: dict[int, int] = {}
@@ -163,6 +165,10 @@ class LowRankAdamW(torch.optim.Optimizer):
         )
         if rank > max(shape):
             raise ValueError(f"rank {rank} is larger than both sides of {name} {shape}: use at most {min(shape)}")
+        if rank > min(shape):
+            warnings.warn(
+                f"rank {rank} is larger than the shorter side of {name} {shape}: clamped to {min(shape)}", stacklevel=4
+            )
         return MatrixSpec(
             name, (shape[0], shape[1]), index, min(rank, *shape), options.update_proj_gap, options.proj_type
         )

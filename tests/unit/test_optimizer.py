@@ -290,6 +290,12 @@ def test_parameters_frozen_later_and_copies_of_the_optimizer_are_refused():
         copy.deepcopy(make(parameters())).step()
 
 
+def test_a_rank_above_the_shorter_side_is_clamped_with_a_warning():
+    with pytest.warns(UserWarning, match=r"rank 9 is larger than the shorter side of w \(12, 8\): clamped to 8"):
+        optimizer = LowRankAdamW([{"params": [("w", nn.Parameter(torch.ones(12, 8)))], "rank": 9}])
+    assert optimizer.matrix_specs[0].rank == 8
+
+
 def test_galores_groups_without_names_work():
     weight, bias = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.zeros(6))
     galore = {"params": [weight], "rank": 2, "update_proj_gap": 10, "scale": 0.5, "proj_type": "std"}
