@@ -27,7 +27,7 @@ from rank_pool import free_port
 from table import Row, json_argument, show
 
 ROOT = Path(__file__).resolve().parent.parent
-GRIDS = {"lowrank": [0.005, 0.01, 0.02], "adamw": [0.0005, 0.001, 0.002], "frozen": [0.005, 0.01, 0.02]}
+GRIDS = {"lowrank": [0.0025, 0.005, 0.01], "adamw": [0.001, 0.002, 0.003], "frozen": [0.0025, 0.005, 0.01]}
 SEQUENCES = 4  # a step's, over all ranks, as in the default run of two
 
 
