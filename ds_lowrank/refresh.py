@@ -24,7 +24,31 @@ logger = logging.getLogger(__name__)
 
 # What a rank keeps of one matrix; numbers and tensors only, so that weights_only=True loads it. See states.
 MatrixState = dict[str, int | Tensor]
-_HEADER = 2  # numbers before the indices in what an owner tells everyone: verdict, captured energy
+_HEADER = 2  # numbers before the indices in a verdict on the wire: is there a new basis, captured energy
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an owner tells every rank about one matrix; the basis itself goes to those who compute.
+
+    Attributes:
+        fresh: whether there is a new basis.
+        captured: share of the gradient's energy inside it.
+        indices: (r,) int32, the kept singular directions.
+    """
+
+    fresh: bool
+    captured: float
+    indices: Tensor
+
+    def pack(self) -> Tensor:
+        """As float64 numbers, in which indices are exact."""
+        return torch.tensor([float(self.fresh), self.captured, *self.indices.tolist()], dtype=torch.float64)
+
+    @staticmethod
+    def unpack(packed: Tensor) -> Verdict:
+        """Inverse of :meth:`pack`."""
+        return Verdict(bool(packed[0]), float(packed[1]), packed[_HEADER:].to(torch.int32))
 
 
 @dataclass
@@ -150,15 +174,14 @@ class Refresher:
         """Cut matrices: Gram blocks to the owner, the verdict to everyone, the basis to those who compute."""
         grams = self._sum_grams(plans, blocks)
         drawn = {p.name: self._draw(p, grams[p.name], states[p.name], dtype) for p in plans if p.name in grams}
-        headers = self._tell(plans, drawn)
-        fresh = [p for p in plans if headers[p.name][0]]
+        verdicts = self._tell(plans, drawn)
+        fresh = [p for p in plans if verdicts[p.name].fresh]
         bases = self._send_bases(fresh, drawn, dtype)
         for plan in fresh:
-            _, captured, *indices = headers[plan.name]
-            vectors = bases.get(plan.name)
-            if vectors is None:  # this rank computes no row of it: only the counters move
-                vectors = torch.empty(0)
-            self._install(plan, states[plan.name], Basis(vectors, torch.tensor(indices, dtype=torch.int32), captured))
+            # A rank that computes no row of it gets no basis: only its counter moves.
+            vectors = bases.get(plan.name, torch.empty(0))
+            verdict = verdicts[plan.name]
+            self._install(plan, states[plan.name], Basis(vectors, verdict.indices, verdict.captured))
 
     def _sum_grams(self, plans: Sequence[MatrixPlan], blocks: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         """Gram of the whole matrix, on its owner: the ranks' parts summed in rank order."""
@@ -177,29 +200,28 @@ class Refresher:
                 totals[plan.name] = totals[plan.name].add_(square) if plan.name in totals else square
         return totals
 
-    def _tell(self, plans: Sequence[MatrixPlan], drawn: Mapping[str, Basis | None]) -> dict[str, list]:
-        """Owners tell every rank whether there is a new basis, and which indices it keeps (exact in float64)."""
+    def _tell(self, plans: Sequence[MatrixPlan], drawn: Mapping[str, Basis | None]) -> dict[str, Verdict]:
+        """Owners tell every rank what they decided."""
         everyone = range(self._comm.ranks.size)
         said = []
         for plan in plans:
             if plan.owner == self._rank:
                 basis = drawn[plan.name]
-                header = torch.zeros(_HEADER + plan.rank, dtype=torch.float64)
-                if basis is not None:
-                    header[0], header[1] = 1.0, basis.captured
-                    header[_HEADER:] = basis.indices.to(torch.float64)
-                said.append(header)
+                if basis is None:
+                    verdict = Verdict(False, 0.0, torch.full((plan.rank,), -1, dtype=torch.int32))
+                else:
+                    verdict = Verdict(True, basis.captured, basis.indices)
+                said.append(verdict.pack())
         sizes = [[_HEADER + p.rank for p in plans if p.owner == k] for k in everyone]
         arrived = self._comm.exchange(
             [said for _ in everyone], [sum(s) for s in sizes], torch.float64, "refresh verdicts"
         )
-        headers: dict[str, list] = {}
+        verdicts: dict[str, Verdict] = {}
         for k, values in zip(everyone, arrived):
             owned = [p for p in plans if p.owner == k]
-            for plan, header in zip(owned, values.cpu().split(sizes[k])):
-                flag, captured, *indices = header.tolist()
-                headers[plan.name] = [bool(flag), captured, *(int(i) for i in indices)]
-        return headers
+            for plan, packed in zip(owned, values.cpu().split(sizes[k])):
+                verdicts[plan.name] = Verdict.unpack(packed)
+        return verdicts
 
     def _send_bases(
         self, plans: Sequence[MatrixPlan], drawn: Mapping[str, Basis | None], dtype: torch.dtype

