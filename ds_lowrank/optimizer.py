@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +19,8 @@ from ds_lowrank.plan import MatrixSpec, make_plan
 from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats
 from ds_lowrank.rows import MatrixPlan
 from ds_lowrank.step import LowRankStep, work_dtype
+
+logger = logging.getLogger(__name__)
 
 # Low-rank states hang on a string key of ``state``: torch's and DeepSpeed's loaders cast what hangs on a parameter
 # to its dtype and pass over the rest.
@@ -250,6 +253,17 @@ class LowRankAdamW(torch.optim.Optimizer):
                     f"the loaded optimizer state does not fit this run (rank {rank}): {faults[0]}. Resume with the "
                     "same model, rank, rank_pattern, optim_target_modules and number of ranks"
                 )
+        missing = [plan.name for plan in self._stateful if plan.name not in states]
+        if missing:
+            logger.warning(
+                "the loaded optimizer state has nothing for %d of the %d matrices here (%s, ...): they start anew",
+                len(missing),
+                len(self._stateful),
+                missing[0],
+            )
+        for index, plans in enumerate(self._plans):
+            for tensor in self._layout.flat_params(index) if plans and self._layout else []:
+                self.state.pop(tensor, None)  # what another optimizer kept for them
         self._loaded = False
 
     def _find_layout(self) -> None:

@@ -272,6 +272,21 @@ def test_a_loaded_state_that_does_not_fit_is_refused_by_name(change, text):
         fresh.step()
 
 
+def test_a_checkpoint_of_another_optimizer_starts_anew_and_says_so(caplog):
+    params = parameters()
+    peer = torch.optim.AdamW(list(params.values()), lr=0.1)
+    for p in params.values():
+        p.grad = torch.randn_like(p)
+    peer.step()
+    optimizer = make(params)
+    optimizer.load_state_dict(peer.state_dict())
+    with caplog.at_level(logging.WARNING):
+        optimizer.step()
+    assert "nothing for 3 of the 3 matrices here (tall, ...): they start anew" in caplog.text
+    assert all(state["step"] == 1 for state in states(optimizer).values())
+    assert list(optimizer.state) == [STATE_KEY]  # AdamW's moments are gone
+
+
 def test_a_load_keeps_what_this_run_was_configured_with():
     params = parameters()
     old, new = make(params, scale=0.5, lr=0.3), make(params, scale=0.25, lr=0.1)
