@@ -1,19 +1,27 @@
 """Low-rank optimizers (SARA, GaLore) that work under DeepSpeed ZeRO."""
 
 from ds_lowrank.config import LowRankConfig
-from ds_lowrank.integrations.deepspeed import check_deepspeed_config, deepspeed_optimizer, prepare_cpu
+from ds_lowrank.integrations.deepspeed import (
+    build_optimizer,
+    check_deepspeed_config,
+    deepspeed_optimizer,
+    prepare_cpu,
+)
 from ds_lowrank.integrations.transformers import LowRankCallback, metrics, trainer_optimizer
 from ds_lowrank.layouts import LayoutError
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.param_groups import param_groups, projected_names
+from ds_lowrank.report import describe
 
 __all__ = [
     "LayoutError",
     "LowRankAdamW",
     "LowRankCallback",
     "LowRankConfig",
+    "build_optimizer",
     "check_deepspeed_config",
     "deepspeed_optimizer",
+    "describe",
     "metrics",
     "param_groups",
     "prepare_cpu",

@@ -200,7 +200,8 @@ def _require_positive_int(option: str, value: Any) -> None:
 
 def _require_choice(option: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"lowrank.{option} must be one of {', '.join(allowed)}, got {value!r}")
+        papers = " (SARA is importance, GaLore is dominant)" if option == "selection" else ""
+        raise ValueError(f"lowrank.{option} must be one of {', '.join(allowed)}{papers}, got {value!r}")
 
 
 def _require_pattern(option: str, pattern: str) -> None:

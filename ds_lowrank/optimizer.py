@@ -267,6 +267,12 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._loaded = False
 
     def _find_layout(self) -> None:
+        if not self._specs:
+            warnings.warn(
+                "nothing is projected: no parameter group sets a rank. Make the groups with "
+                "ds_lowrank.param_groups(model), or the optimizer with ds_lowrank.build_optimizer(model)",
+                stacklevel=4,
+            )
         layout = find_layout(self._members, self._all_groups)
         comm = Comm(layout.ranks)
         config = self.config
@@ -370,7 +376,7 @@ def _refuse_unknown(index: int, group: dict[str, Any]) -> None:
     for key in group:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(
                 f"group {index}: unknown option {key!r}{hint} A low-rank group may set {', '.join(_LOWRANK_KEYS)} and "
                 "AdamW's options; selection, moments, seed and the rest belong to the optimizer"

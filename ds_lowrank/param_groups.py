@@ -98,6 +98,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for :class:`ds_lowrank.LowRankAdamW`: every trainable parameter exactly once.
 
+    A group carries rank, gap, scale, side and decay; selection, moments, seed and schedule are arguments of the
+    optimizer. :func:`ds_lowrank.build_optimizer` passes a configuration on whole.
+
     Low-rank parameters come first, in natural order, alone in a few groups of whole layers (see
     :func:`count_groups`); then the full-rank parameters with weight decay, then those without (biases, norms and
     every other parameter of fewer than two dimensions).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +42,41 @@ class Report:
     adamw_bytes: list[int]
     gap: int
     selection: str
+
+
+def describe(optimizer: Any) -> Report:
+    """Find and verify the layout and print, on rank 0, what is projected and what it costs. Collective.
+
+    Args:
+        optimizer: a :class:`LowRankAdamW`, or what accelerate or DeepSpeed wrapped it in.
+
+    Raises:
+        ValueError: nothing is projected, or it is another optimizer.
+        ds_lowrank.LayoutError: the sharding is not supported.
+    """
+    inner = unwrap(optimizer)
+    report = make_report(inner)
+    if inner.layout.ranks.rank == 0:
+        print_report(report)
+    return report
+
+
+def unwrap(optimizer: Any) -> LowRankAdamW:
+    """The optimizer inside what accelerate or DeepSpeed wrapped it in.
+
+    Raises:
+        ValueError: it is another optimizer.
+    """
+    seen = optimizer
+    while not isinstance(seen, LowRankAdamW) and hasattr(seen, "optimizer"):
+        seen = seen.optimizer
+    if not isinstance(seen, LowRankAdamW):
+        raise ValueError(
+            f"the run uses {type(seen).__name__} and not LowRankAdamW. Give the Trainer "
+            "optimizer_cls_and_kwargs=ds_lowrank.trainer_optimizer(...); under DeepSpeed it silently replaces what "
+            "comes by optimizers=(optimizer, None)"
+        )
+    return seen
 
 
 def make_report(optimizer: LowRankAdamW) -> Report:

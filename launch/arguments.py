@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import get_last_checkpoint
 
 import ds_lowrank
 
@@ -183,6 +184,9 @@ class PretrainArguments(TrainingArguments):
     disable_tqdm: bool | None = HfArg(default=False)
     report_to: str | None = HfArg(default="tensorboard", help="tensorboard, wandb, none, ... (the Trainer's flag)")
     dataloader_num_workers: int = HfArg(default=0, aliases=["--workers"])
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, help="folder of a checkpoint, or true for the newest in --output_dir; same number of ranks"
+    )
     bf16: bool | None = HfArg(default=None, help="default: on an accelerator that supports it")
     if "activation_checkpointing" not in _BASE_FIELDS:  # transformers < 5 has the older name only
         gradient_checkpointing: bool = HfArg(default=False, aliases=["--activation_checkpointing"])
@@ -198,7 +202,26 @@ class PretrainArguments(TrainingArguments):
             self.eval_strategy = "steps"
         if self.save_steps and self.save_strategy == "no":
             self.save_strategy = "steps"
+        self._resolve_resume()
         super().__post_init__()
+
+    def _resolve_resume(self) -> None:
+        """Find the checkpoint and refuse what could not be loaded, before anything is started."""
+        wanted: str | None = self.resume_from_checkpoint
+        if not wanted:
+            return
+        if wanted.lower() == "true":
+            wanted = get_last_checkpoint(str(self.output_dir)) if Path(str(self.output_dir)).is_dir() else None
+        folder = Path(wanted or str(self.output_dir))
+        self.resume_from_checkpoint = str(folder)
+        if not (folder / "trainer_state.json").is_file():
+            raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}; see --save_every")
+        ranks = len(list(folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+        if ranks and ranks != world_size():
+            raise ValueError(
+                f"--resume_from_checkpoint: {folder} was written by {ranks} ranks and this run has {world_size()}: "
+                f"start {ranks} (resuming on another number is not supported yet)"
+            )
 
     def _choose_device(self) -> None:
         if not torch.cuda.is_available():
@@ -210,6 +233,11 @@ class PretrainArguments(TrainingArguments):
             self.bf16 = not (self.use_cpu or self.fp16) and torch.cuda.is_bf16_supported()
 
     def _check_launch(self) -> None:
+        if self.deepspeed and "RANK" not in os.environ:
+            raise ValueError(
+                "--deepspeed needs a launcher: start this with `deepspeed launch/pretrain.py ...` (or torchrun), or "
+                "leave --deepspeed out to train in one process"
+            )
         if world_size() > 1 and not self.deepspeed:
             raise ValueError(
                 f"{world_size()} ranks without DeepSpeed: add --deepspeed configs/zero2.json (plain "

@@ -179,7 +179,7 @@ def _require_column(documents: Documents, column: str) -> None:
     if names is None:  # a stream's columns are known once a row has been read
         names = list(next(iter(documents), {column: ""}))
     if column not in names:
-        raise ValueError(f"--text_column {column}: no such column; the corpus has {', '.join(names)}")
+        raise ValueError(f"--text_column {column}: no such column; give one of {', '.join(names)}")
 
 
 # ---- tokenizer ----
@@ -334,5 +334,6 @@ def _require_sequences(count: int, split: str, args: DataArguments) -> None:
     if count == 0:
         raise ValueError(
             f"the {split} split has too little text for one sequence of {args.max_length} tokens: give more text, "
-            "a --validation_file, a larger --validation_share, or a smaller --max_length"
+            + ("a --validation_file, a larger --validation_share, " if split == "validation" else "")
+            + "or a smaller --max_length"
         )

@@ -88,10 +88,10 @@ def low_rank_config(
 ) -> ds_lowrank.LowRankConfig:
     """Options of the block and the flags, completed for this model.
 
-    Where no rank is given it is a quarter of the hidden size (GaLore's ranks for 60M, 350M, 1B and 7B); where no seed
-    of the sampler is given it is ``--seed``.
+    Where no rank is given it is a quarter of the hidden size (GaLore's ranks for 60M, 350M, 1B and 7B); where no gap
+    is given it is that of ``configs/``; where no seed of the sampler is given it is ``--seed``.
     """
-    defaults = {"rank": max(1, model.config.hidden_size // 4), "seed": args.seed}
+    defaults = {"rank": max(1, model.config.hidden_size // 4), "update_proj_gap": 50, "seed": args.seed}
     return ds_lowrank.LowRankConfig.from_dict({**defaults, **options})
 
 
@@ -133,6 +133,7 @@ def finish(
     eval_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model(args.output_dir)
     tokens = trainer.state.global_step * trainer.tokens_per_step
+    made_here = tokens - _steps_before(args) * trainer.tokens_per_step
     metrics = {
         "optimizer": args.optimizer,
         "perplexity": math.exp(eval_loss) if eval_loss < 700 else math.inf,
@@ -141,7 +142,7 @@ def finish(
         "steps": trainer.state.global_step,
         "tokens": tokens,
         "train_seconds": train_metrics["train_runtime"],
-        "tokens_per_second": tokens / train_metrics["train_runtime"],
+        "tokens_per_second": made_here / train_metrics["train_runtime"],
         "world_size": args.world_size,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
@@ -151,6 +152,13 @@ def finish(
     if trainer.is_world_process_zero():
         Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
+
+
+def _steps_before(args: PretrainArguments) -> int:
+    """Steps that the run had made when it was resumed."""
+    if not args.resume_from_checkpoint:
+        return 0
+    return json.loads(Path(args.resume_from_checkpoint, "trainer_state.json").read_text())["global_step"]
 
 
 def _whole_steps(train: Any, args: PretrainArguments) -> Any:

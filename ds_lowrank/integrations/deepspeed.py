@@ -49,29 +49,42 @@ def deepspeed_optimizer(
             'set "zero_allow_untested_optimizer": true at the top level of the configuration: DeepSpeed refuses '
             "optimizers that it does not ship without it"
         )
+    automatic = _automatic_keys(content)
+    if automatic:
+        raise ValueError(
+            f'"auto" is filled in by the HF Trainer only: give {", ".join(automatic)} a value, or leave the key out'
+        )
     config = LowRankConfig.from_deepspeed(content)
-    return build_optimizer(
-        model, config, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, ranks=ranks
-    )
+    return build_optimizer(model, config, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, ranks=ranks)
 
 
 def build_optimizer(
-    model: nn.Module, config: LowRankConfig, adamw: Mapping[str, Any], *, ranks: int | None = None
+    model: nn.Module,
+    config: LowRankConfig | Mapping[str, Any] | None = None,
+    *,
+    lr: float | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    ranks: int | None = None,
 ) -> LowRankAdamW:
-    """Optimizer for a model from one configuration.
+    """Optimizer for a model from one configuration, every option of it.
 
     Args:
         model: the model, before any sharding.
-        config: the options; its ``lr``, ``betas``, ``eps`` and ``weight_decay`` win over ``adamw`` where set.
-        adamw: AdamW's hyper-parameters by name; ``None`` or missing means the optimizer's default.
+        config: the options, as a configuration or as a mapping of its fields; ``None`` for the defaults.
+        lr, betas, eps, weight_decay: of AdamW, where the configuration does not set them; ``None`` means the
+            optimizer's default.
         ranks: see :func:`ds_lowrank.param_groups`.
     """
-    settings = {}
-    for key in ("lr", "betas", "eps", "weight_decay"):
+    if not isinstance(config, LowRankConfig):
+        config = LowRankConfig.from_dict(config or {})
+    given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    settings: dict[str, Any] = {}
+    for key, value in given.items():
         own = getattr(config, key)
-        value = adamw.get(key) if own is None else own
-        if value is not None:
-            settings[key] = value
+        if own is not None or value is not None:
+            settings[key] = value if own is None else own
     groups = param_groups(model, config, ranks=ranks, weight_decay=settings.get("weight_decay", 0.0))
     return LowRankAdamW(
         groups,
@@ -212,6 +225,17 @@ def _check_precision(content: Mapping[str, Any]) -> None:
             'offload_optimizer with another optimizer than DeepSpeed\'s own needs "zero_force_ds_cpu_optimizer": false '
             "at the top level of the configuration"
         )
+
+
+def _automatic_keys(content: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Keys whose value is ``"auto"``, with the blocks they stand in."""
+    found = []
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            found += _automatic_keys(value, f"{prefix}{key}.")
+        elif value == "auto":
+            found.append(f"{prefix}{key}")
+    return found
 
 
 def _dotted(release: tuple[int, ...]) -> str:

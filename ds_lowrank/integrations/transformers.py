@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.integrations.deepspeed import build_optimizer, check_deepspeed_config
 from ds_lowrank.optimizer import LowRankAdamW, construction_checks
-from ds_lowrank.report import make_report, print_report
+from ds_lowrank.report import describe, unwrap
 
 _trainer_builds: ContextVar[bool] = ContextVar("_trainer_builds", default=False)
 
@@ -65,14 +65,14 @@ class _Factory:
                 f"{torch.distributed.get_world_size()} ranks without DeepSpeed are not supported yet: pass "
                 "--deepspeed with a ZeRO-1 or ZeRO-2 configuration, or use one process"
             )
-        adamw = {
+        adamw: dict[str, Any] = {
             "lr": args.learning_rate,
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": args.adam_epsilon,
             "weight_decay": args.weight_decay,
         }
         with _built_by_trainer():
-            return build_optimizer(model, config or LowRankConfig(), adamw)
+            return build_optimizer(model, config, **adamw)
 
 
 class LowRankCallback(TrainerCallback):
@@ -83,9 +83,7 @@ class LowRankCallback(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):  # noqa: D102
-        report = make_report(_unwrap(optimizer))
-        if args.process_index == 0:
-            print_report(report)
+        describe(optimizer)
 
 
 def metrics(optimizer: Any) -> dict[str, float]:
@@ -99,7 +97,7 @@ def metrics(optimizer: Any) -> dict[str, float]:
         ``lowrank/captured_energy`` (mean share of ‖G‖² inside the new subspaces) and ``lowrank/overlap`` (mean
         ‖BᵀB'‖²/r with the subspaces before); keys are absent where nothing happened.
     """
-    inner = _unwrap(optimizer)
+    inner = unwrap(optimizer)
     stats = inner.take_stats()
     comm = inner.comm
     decomposed, captured, overlap, overlaps = comm.sum(
@@ -114,19 +112,6 @@ def metrics(optimizer: Any) -> dict[str, float]:
     if overlaps:
         found["lowrank/overlap"] = round(overlap / overlaps, 4)
     return found
-
-
-def _unwrap(optimizer: Any) -> LowRankAdamW:
-    seen = optimizer
-    while not isinstance(seen, LowRankAdamW) and hasattr(seen, "optimizer"):
-        seen = seen.optimizer
-    if not isinstance(seen, LowRankAdamW):
-        raise ValueError(
-            f"the run uses {type(seen).__name__} and not LowRankAdamW. Give the Trainer "
-            "optimizer_cls_and_kwargs=ds_lowrank.trainer_optimizer(...); under DeepSpeed it silently replaces what "
-            "comes by optimizers=(optimizer, None)"
-        )
-    return seen
 
 
 def _calling_trainer() -> Any:

@@ -198,7 +198,7 @@ def _layout_error(case: Case, trouble: dict | None) -> str:
     model = build_model(case)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = build_optimizer(model, ds_lowrank.LowRankConfig(**options), {"lr": 0.1})
+        optimizer = build_optimizer(model, ds_lowrank.LowRankConfig(**options), lr=0.1)
     engine = None
     if not trouble.get("no_engine"):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(case))

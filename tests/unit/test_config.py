@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 import ds_lowrank
 from ds_lowrank import LowRankConfig, check_deepspeed_config
@@ -135,8 +136,14 @@ def test_bf16_optimizer_where_deepspeed_has_it(version, fine, monkeypatch):
             check_deepspeed_config(config)
 
 
+def test_raw_deepspeed_cannot_fill_in_auto():
+    """DeepSpeed itself dies of it with a TypeError, one key at initialize() and another at the first step."""
+    config = {**GOOD, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
+    with pytest.raises(ValueError, match=r"give gradient_clipping, bf16\.enabled a value"):
+        ds_lowrank.deepspeed_optimizer(torch.nn.Linear(8, 8), config)
+
+
 def test_raw_deepspeed_needs_its_permission():
-    import torch
 
     with pytest.raises(ValueError, match="zero_allow_untested_optimizer"):
         ds_lowrank.deepspeed_optimizer(torch.nn.Linear(8, 8), {"zero_optimization": {"stage": 2}})

@@ -187,7 +187,7 @@ def test_stream_deals_the_text_to_ranks_without_end(tmp_path, jsonl):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_missing_column_is_named(tmp_path, jsonl, streaming):
     args = arguments(tmp_path, train_file=str(jsonl), text_column="content", streaming=streaming)
-    with pytest.raises(ValueError, match="--text_column content: no such column; the corpus has text, id"):
+    with pytest.raises(ValueError, match="--text_column content: no such column; give one of text, id"):
         load_data(args)
 
 

@@ -9,6 +9,7 @@ import torch
 from equivalence import anchor_row
 from torch import nn
 
+import ds_lowrank
 from ds_lowrank import LayoutError, LowRankAdamW
 from ds_lowrank.optimizer import STATE_KEY
 from ds_lowrank.reference import Reference
@@ -236,6 +237,24 @@ def test_a_step_may_be_cut_to_one_group():
 def test_bad_groups_and_options_are_refused(group, options, text):
     with pytest.raises(ValueError, match=text):
         LowRankAdamW([{"params": [("w", nn.Parameter(torch.ones(8, 8)))], **group}], **options)
+
+
+def test_an_optimizer_without_a_low_rank_group_says_so():
+    weight = nn.Parameter(torch.ones(4, 4))
+    weight.grad = torch.ones(4, 4)
+    with pytest.warns(UserWarning, match="nothing is projected: no parameter group sets a rank"):
+        LowRankAdamW([weight]).step()
+
+
+def test_build_optimizer_passes_the_whole_configuration_on():
+    options = {"rank": 2, "update_proj_gap": 7, "scale": 0.5, "selection": "dominant", "moments": "project"}
+    options |= {"seed": 5, "stagger": False, "wave_size": 3, "gram_dtype": "float32", "proj_type": "left"}
+    optimizer = ds_lowrank.build_optimizer(nn.Sequential(nn.Linear(8, 8)), {**options, "lr": 0.5, "weight_decay": 0.1})
+    spec, group = optimizer.matrix_specs[0], optimizer.param_groups[0]
+    assert (spec.rank, spec.gap, spec.proj_type) == (2, 7, "left")
+    assert (group["scale"], group["lr"], group["weight_decay"]) == (0.5, 0.5, 0.1)
+    for name in ("selection", "moments", "seed", "stagger", "wave_size", "gram_dtype"):
+        assert getattr(optimizer.config, name) == options[name]
 
 
 def test_a_name_that_is_taken_is_refused():

@@ -101,7 +101,7 @@ def test_the_printed_bytes_are_the_measured_ones():
     from ds_lowrank.report import make_report, measured_state_bytes
 
     net = model()
-    optimizer = build_optimizer(net, LowRankConfig(rank=4), {"lr": 0.1})
+    optimizer = build_optimizer(net, LowRankConfig(rank=4), lr=0.1)
     tokens = torch.randint(0, 64, (2, 8))
     net(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
@@ -115,7 +115,7 @@ def test_the_printed_ratio_is_right_for_bf16_weights_without_a_master():
     from ds_lowrank.report import make_report
 
     net = model().bfloat16()
-    report = make_report(build_optimizer(net, LowRankConfig(rank=4), {"lr": 0.1}))
+    report = make_report(build_optimizer(net, LowRankConfig(rank=4), lr=0.1))
     assert report.adamw_bytes == [2 * 2 * sum(p.numel() for p in net.parameters())]
 
 
