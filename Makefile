@@ -15,9 +15,9 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# galore-torch asks for bitsandbytes, of which nothing is used here: the two are all that is installed of it.
+# Editable here too: an ordinary install would put a copy in its place, and tests would run against stale code.
 $(BIN)/.installed-bench: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[bench]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,bench]"
 	touch $@
 
 pretrain: $(BIN)/.installed

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from storage import state_bytes
 from torch import Tensor, nn
 
 import ds_lowrank
@@ -159,8 +160,6 @@ def run_case(case: Case, with_free: bool = True) -> dict[str, Any]:
 
     import deepspeed
 
-    from ds_lowrank.report import measured_state_bytes
-
     rank = torch.distributed.get_rank()
     torch.manual_seed(1000 + rank)  # nothing may depend on the global generator
     model = build_model(case)
@@ -192,7 +191,7 @@ def run_case(case: Case, with_free: bool = True) -> dict[str, Any]:
         "free_deviation": None if free is None else free.deviation(final),
         "ranks_equal": equal,
         "refreshes": min(int(s["refreshes"]) for s in optimizer.state[STATE_KEY].values()),  # type: ignore[index]
-        "state_bytes": measured_state_bytes(optimizer),
+        "state_bytes": state_bytes(optimizer.state),
         "cut": sum(plan.cut for plan in optimizer.plans),
         "sent": dict(optimizer.comm.sent_bytes),
         "model_equal": _model_is_master(model, final),

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from rank_pool import RankPool
-from step import LAYERS, _adamw, _bytes, _galore, _ours
+from step import LAYERS, _adamw, _galore, _ours
+from storage import state_bytes
 from table import Row, json_argument, show
 
 MODEL = Path(__file__).parent.parent / "configs" / "llama_60m.json"
@@ -78,10 +79,10 @@ def measure_zero2(rank: int) -> dict[str, int]:
     full = {k: v for k, v in optimizer.state.items() if k != STATE_KEY}
     flats = [p.numel() for g in optimizer.param_groups for p in g["params"]]
     result = {
-        "low-rank moments": _bytes({n: {k: s[k] for k in s if "exp_avg" in k} for n, s in low.items()}),
-        "bases": _bytes({n: s["basis"] for n, s in low.items() if "basis" in s}),
-        "full-rank moments": _bytes(full),
-        "total": _bytes(dict(optimizer.state)),
+        "low-rank moments": state_bytes({n: {k: s[k] for k in s if "exp_avg" in k} for n, s in low.items()}),
+        "bases": state_bytes({n: s["basis"] for n, s in low.items() if "basis" in s}),
+        "full-rank moments": state_bytes(full),
+        "total": state_bytes(dict(optimizer.state)),
         "AdamW, same sharding": 8 * sum(flats),
     }
     engine.destroy()
@@ -99,7 +100,7 @@ def layer_rows() -> list[Row]:
         "ours": _ours(shapes, rank, "cpu", "float32"),
     }.items():
         optimizer.step()
-        held[what] = _bytes(optimizer.state)
+        held[what] = state_bytes(optimizer.state)
     return [_row("llama-130m layer", 1, 0, what, n, 1.0, n / held["AdamW"]) for what, n in held.items()]
 
 

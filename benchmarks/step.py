@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from storage import state_bytes
 from table import Row, json_argument, show
 from torch import nn
 
@@ -77,11 +78,11 @@ def measure(label: str, shapes: Shapes, rank: int, device: str, steps: int, refr
     due = {name: _due_step(optimizer, make_due) for name, (optimizer, make_due) in contestants.items() if make_due}
     refresh = _interleaved(due, refreshes, device) if refreshes else {}
     base = times["AdamW foreach"]
-    adamw_bytes = _bytes(contestants["AdamW foreach"][0].state)
+    adamw_bytes = state_bytes(contestants["AdamW foreach"][0].state)
     rows = []
     for name, (optimizer, _) in contestants.items():
         ours = name.startswith("ours")
-        state = _bytes(optimizer.state)
+        state = state_bytes(optimizer.state)
         rows.append(
             {
                 "optimizer": name,
@@ -186,23 +187,6 @@ def _interleaved(runs: dict[str, Callable[[], Any]], repetitions: int, device: s
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-
-
-def _bytes(state: Any) -> int:
-    """Bytes of unique storages: a view counts as all that it keeps alive."""
-    storages: dict[int, int] = {}
-
-    def count(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, dict):
-            for inner in value.values():
-                count(inner)
-        elif type(value).__name__ == "GaLoreProjector":
-            count(vars(value))
-
-    count(dict(state))
-    return sum(storages.values())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # What a rank keeps of one matrix; numbers and tensors only, so that weights_only=True loads it. See states.
 MatrixState = dict[str, int | Tensor]
-_HEADER = 2  # numbers before the indices in a verdict on the wire: is there a new basis, captured energy
+_HEADER = 1  # numbers before the indices in a verdict on the wire: is there a new basis
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,20 @@ class Verdict:
 
     Attributes:
         fresh: whether there is a new basis.
-        captured: share of the gradient's energy inside it.
         indices: (r,) int32, the kept singular directions.
     """
 
     fresh: bool
-    captured: float
     indices: Tensor
 
     def pack(self) -> Tensor:
         """As float64 numbers, in which indices are exact."""
-        return torch.tensor([float(self.fresh), self.captured, *self.indices.tolist()], dtype=torch.float64)
+        return torch.tensor([float(self.fresh), *self.indices.tolist()], dtype=torch.float64)
 
     @staticmethod
     def unpack(packed: Tensor) -> Verdict:
         """Inverse of :meth:`pack`."""
-        return Verdict(bool(packed[0]), float(packed[1]), packed[_HEADER:].to(torch.int32))
+        return Verdict(bool(packed[0]), packed[_HEADER:].to(torch.int32))
 
 
 @dataclass
@@ -110,7 +108,9 @@ class Refresher:
         for plan in due:
             if not plan.cut:
                 state = states[plan.name]
-                self._install(plan, state, self._draw(plan, self._gram(plan, blocks), state, dtype))
+                drawn = self._draw(plan, self._gram(plan, blocks), state, dtype)
+                if drawn is not None:
+                    self._install(plan, state, drawn.vectors, drawn.indices)
         shared = [p for p in due if p.cut]
         if shared:
             self._refresh_shared(shared, blocks, states, dtype)
@@ -153,15 +153,13 @@ class Refresher:
                 plan.shape,
             )
 
-    def _install(self, plan: MatrixPlan, state: MatrixState, drawn: Basis | None) -> None:
-        if drawn is None:
-            return
+    def _install(self, plan: MatrixPlan, state: MatrixState, vectors: Tensor, indices: Tensor) -> None:
         if plan.shares[self._rank] is not None:
             basis = _tensor(state, "basis")
             if _int(state, "refreshes"):
-                carry_moments_(_tensor(state, "exp_avg"), basis, drawn.vectors.to(basis), self._moments)
-            basis.copy_(drawn.vectors)
-            _tensor(state, "indices").copy_(drawn.indices)
+                carry_moments_(_tensor(state, "exp_avg"), basis, vectors.to(basis), self._moments)
+            basis.copy_(vectors)
+            _tensor(state, "indices").copy_(indices)
         state["refreshes"] = _int(state, "refreshes") + 1
 
     def _refresh_shared(
@@ -180,8 +178,7 @@ class Refresher:
         for plan in fresh:
             # A rank that computes no row of it gets no basis: only its counter moves.
             vectors = bases.get(plan.name, torch.empty(0))
-            verdict = verdicts[plan.name]
-            self._install(plan, states[plan.name], Basis(vectors, verdict.indices, verdict.captured))
+            self._install(plan, states[plan.name], vectors, verdicts[plan.name].indices)
 
     def _sum_grams(self, plans: Sequence[MatrixPlan], blocks: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         """Gram of the whole matrix, on its owner: the ranks' parts summed in rank order."""
@@ -207,11 +204,8 @@ class Refresher:
         for plan in plans:
             if plan.owner == self._rank:
                 basis = drawn[plan.name]
-                if basis is None:
-                    verdict = Verdict(False, 0.0, torch.full((plan.rank,), -1, dtype=torch.int32))
-                else:
-                    verdict = Verdict(True, basis.captured, basis.indices)
-                said.append(verdict.pack())
+                indices = torch.full((plan.rank,), -1) if basis is None else basis.indices
+                said.append(Verdict(basis is not None, indices).pack())
         sizes = [[_HEADER + p.rank for p in plans if p.owner == k] for k in everyone]
         arrived = self._comm.exchange(
             [said for _ in everyone], [sum(s) for s in sizes], torch.float64, "refresh verdicts"

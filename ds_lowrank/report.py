@@ -114,22 +114,6 @@ def make_report(optimizer: LowRankAdamW) -> Report:
     )
 
 
-def measured_state_bytes(optimizer: LowRankAdamW) -> int:
-    """Bytes of the optimizer state that this rank holds now, counted over unique storages."""
-    storages: dict[int, int] = {}
-
-    def count(value: object) -> None:
-        if isinstance(value, dict):
-            for inner in value.values():
-                count(inner)
-        elif hasattr(value, "untyped_storage"):
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-
-    count(dict(optimizer.state))
-    return sum(storages.values())
-
-
 def print_report(report: Report, console: Console | None = None, most_names: int = 6) -> None:
     """Print a report as the table that a run shows before its first step."""
     console = console or Console(width=110, highlight=False)

@@ -318,6 +318,8 @@ def parse_arguments(
     options = _low_rank_options(make(LowRankArguments), values)
     # Last, because it starts the process group.
     training = make(PretrainArguments)
+    if training.optimizer == "adamw" and (ignored := make(LowRankArguments).options({}, None)):
+        raise ValueError(f"--optimizer adamw has no subspaces: leave --{' --'.join(ignored)} out")
     if data.streaming and training.max_steps <= 0:
         raise ValueError("--streaming needs --max_steps: a stream has no length")
     return model, data, options, training

@@ -126,7 +126,7 @@ def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, 
     if not isinstance(zero, Mapping):
         raise ValueError('"zero_optimization" must be a block with a "stage"')
     _check_stage(zero, content, release)
-    _check_offload(zero)
+    _check_offload(zero, content)
     for key, what in (
         ("round_robin_gradients", "links fragments in another order than it stores them"),
         ("elastic_checkpoint", "cannot save the state of a foreign optimizer"),
@@ -149,6 +149,8 @@ def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, 
     if isinstance(content.get("compile"), Mapping) and content["compile"].get("deepcompile"):
         raise ValueError("compile.deepcompile = true is not supported: it replaces ZeRO's gradient handling")
     _check_precision(content)
+    if (content.get("checkpoint") or {}).get("load_universal"):
+        raise ValueError("checkpoint.load_universal = true is not supported yet: load with the same number of ranks")
     LowRankConfig.from_deepspeed(content)
     return content
 
@@ -194,11 +196,16 @@ def _check_stage(zero: Mapping[str, Any], content: Mapping[str, Any], release: t
         )
 
 
-def _check_offload(zero: Mapping[str, Any]) -> None:
+def _check_offload(zero: Mapping[str, Any], content: Mapping[str, Any]) -> None:
     offload = zero.get("offload_optimizer")
-    device = (offload or {}).get("device", "none") if isinstance(offload, Mapping) else "none"
+    device = offload.get("device", "none") if isinstance(offload, Mapping) else "none"
     if device == "nvme":
         raise ValueError('zero_optimization.offload_optimizer.device = "nvme" is not supported: use "cpu"')
+    if device != "none" and content.get("zero_force_ds_cpu_optimizer", True) is not False:
+        raise ValueError(
+            'offload_optimizer with another optimizer than DeepSpeed\'s own needs "zero_force_ds_cpu_optimizer": false '
+            "at the top level of the configuration"
+        )
 
 
 def _check_precision(content: Mapping[str, Any]) -> None:
@@ -207,8 +214,6 @@ def _check_precision(content: Mapping[str, Any]) -> None:
         raise ValueError(
             "torch_autocast with float16 is not supported: its scaler may skip a step on one rank only. Use bfloat16"
         )
-    if (content.get("checkpoint") or {}).get("load_universal"):
-        raise ValueError("checkpoint.load_universal = true is not supported yet: load with the same number of ranks")
     fp16 = content.get("fp16", {})
     if isinstance(fp16, Mapping) and fp16.get("enabled") is True and not torch.cuda.is_available():
         raise ValueError("fp16 needs a GPU: DeepSpeed refuses it on a CPU. Use bf16 or fp32")
@@ -217,13 +222,6 @@ def _check_precision(content: Mapping[str, Any]) -> None:
         raise ValueError(
             "bf16.bf16_master_weights_and_grads = true is not supported yet: without an fp32 master copy small updates "
             "are lost to rounding. Remove it"
-        )
-    offload = content.get("zero_optimization", {}).get("offload_optimizer")
-    offloads = isinstance(offload, Mapping) and offload.get("device", "none") != "none"
-    if offloads and content.get("zero_force_ds_cpu_optimizer", True) is not False:
-        raise ValueError(
-            'offload_optimizer with another optimizer than DeepSpeed\'s own needs "zero_force_ds_cpu_optimizer": false '
-            "at the top level of the configuration"
         )
 
 

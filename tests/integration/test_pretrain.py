@@ -173,6 +173,7 @@ def test_a_bad_option_ends_all_ranks_before_training(workplace):
         ({"batch_size": 100_000}, "less than one step of 100000"),
         ({"tokenizer_name": "./no/such/tokenizer"}, "no/such/tokenizer"),
         ({"deepspeed": ROOT / "configs" / "zero2.json"}, "--deepspeed needs a launcher"),
+        ({"optimizer": "adamw"}, "--optimizer adamw has no subspaces: leave --rank out"),
         ({"resume_from_checkpoint": "true"}, "there is no checkpoint in"),
         ({"no_such_flag": 1}, "unknown argument --no_such_flag"),
     ],

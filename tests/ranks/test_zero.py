@@ -62,6 +62,7 @@ def test_the_update_is_the_references(pools, ranks, dtype, settings):
     ],
 )
 def test_variants(pools, ranks, settings):
+    # A random basis leaves more entries of R near zero, where Adam's quotient amplifies the rounding of fp32.
     check(pools, ranks, Case(**settings), tolerance=2e-5 if settings.get("selection") == "random" else 1e-5)
 
 
