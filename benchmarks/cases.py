@@ -1,36 +1,41 @@
-"""A model and a run that compare the optimizer, under DeepSpeed, with the one-process reference.
+"""A model and a run that compare the optimizer, under every framework, with the one-process reference.
 
 The model is a set of linear regressions whose data depend on (rank, micro-step): gradients differ between ranks, have a
-decaying spectrum and full rank, and depend on the weights. The reference is fed the gradient that DeepSpeed delivered
-(averaged, accumulated, clipped); a second one runs freely on gradients of its own.
+decaying spectrum and full rank, and depend on the weights. The reference is fed the gradient that the framework
+delivered (averaged, accumulated, clipped); a second one runs freely on gradients of its own.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from harness import Run, start, whole
 from storage import state_bytes
 from torch import Tensor, nn
 
-import ds_lowrank
+from ds_lowrank.bases import Bases
+from ds_lowrank.geometry import matrix_shape
 from ds_lowrank.layouts import Piece
 from ds_lowrank.optimizer import STATE_KEY, LowRankAdamW
 from ds_lowrank.reference import Reference
 
-Shapes = tuple[tuple[int, int], ...]
+Shapes = tuple[tuple[int, ...], ...]
 
-# (out, in) of the linear layers of one "layer".
+# Weights of one "layer": (out, in) of a linear layer, (experts, out, in) of stacked ones.
 SHAPES: dict[str, Shapes] = {
-    # tall, wide, square; sizes that leave every partition boundary of 2, 3 and 4 ranks in the middle of a row
+    # tall, wide, square; sizes that leave every boundary between 2, 3 and 4 ranks in the middle of a row
     "small": ((24, 10), (9, 31), (13, 13), (40, 7), (5, 23)),
     # fewer rows than ranks, so that rows are cut more than once and some ranks compute none
     "thin": ((2, 50), (3, 2), (61, 3)),
+    # stacked experts: fewer than ranks, and more; tall and wide
+    "experts": ((3, 12, 7), (5, 6, 16)),
     # even sizes, as models have them: DeepSpeed pads a group to 2 × ranks elements, which shifts odd boundaries
     "even": ((16, 16), (48, 16), (16, 48)),
+    # sides that 2, 3 and 4 divide, for sharding wide matrices by columns
+    "columns": ((12, 48), (24, 12), (12, 12), (2, 12, 24)),
     # LLaMA-60M's sizes, behind a small matrix that puts the boundaries of 2, 3 and 4 ranks in the middle of a row
     "real": ((37, 53), (1376, 512), (512, 1376)),
 }
@@ -41,22 +46,25 @@ class Case:
     """One run.
 
     Attributes:
-        stage: ZeRO stage.
-        dtype: of the model: ``fp32`` or ``bf16``.
+        layout: one of ``harness.LAYOUTS``.
+        dtype: ``fp32``, ``bf16`` (computation; the optimizer's weights are fp32) or ``fp64`` (not under DeepSpeed).
         shapes: key of ``SHAPES``.
         layers: how often the shapes are repeated; 5 divides by none of 2, 3, 4 ranks, so matrices are cut.
         rank: r.
-        selection, moments, gap, wave_size, proj_type: options of the optimizer.
+        selection, moments, gap, wave_size, proj_type, shard_projection: options of the optimizer.
         steps: optimizer steps.
         accumulation: micro-steps a step.
         clip: gradient norm.
         weight_decay: λ.
         silent: how many first steps leave layer 0 without a gradient.
+        dropped: name of a parameter whose gradient odd ranks lose before every step; the reference sees zeros there.
+        wide_on_columns: FSDP2 shards matrices along the side that suits the projection.
+        offload: weights and states on the CPU.
         zero: further keys of ``zero_optimization``.
         config: further top-level keys.
     """
 
-    stage: int = 2
+    layout: str = "zero2"
     dtype: str = "fp32"
     shapes: str = "small"
     layers: int = 5
@@ -66,259 +74,314 @@ class Case:
     gap: int = 4
     wave_size: int = 4
     proj_type: str = "std"
+    shard_projection: bool = True
     steps: int = 10
     accumulation: int = 2
     clip: float = 0.3
     weight_decay: float = 0.1
     silent: int = 0
+    dropped: str | None = None
+    wide_on_columns: bool = False
+    offload: bool = False
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+    def model_dtype(self) -> torch.dtype:
+        """Of the model before any framework has it: ZeRO keeps an fp32 master of bf16 weights."""
+        if self.dtype == "fp64":
+            return torch.float64
+        return torch.bfloat16 if self.dtype == "bf16" and self.layout.startswith("zero") else torch.float32
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the optimizer."""
+        return {
+            "rank": self.rank,
+            "update_proj_gap": self.gap,
+            "selection": self.selection,
+            "moments": self.moments,
+            "proj_type": self.proj_type,
+            "wave_size": self.wave_size,
+            "shard_projection": self.shard_projection,
+            "seed": 3,
+            "gram_dtype": "float64",
+            "lr": 0.02,
+            "eps": 1e-8,
+            "weight_decay": self.weight_decay,
+        }
+
+
+class Experts(nn.Module):
+    """Linear maps stacked in one parameter, as transformers packs the experts of a layer."""
+
+    def __init__(self, experts: int, out: int, inside: int):
+        super().__init__()
+        self.num_experts = experts
+        self.weight = nn.Parameter(torch.randn(experts, out, inside) / math.sqrt(inside))
+
+
+class Layer(nn.Module):
+    """Linear layers, each fitting a target of its own."""
+
+    def __init__(self, shapes: Shapes):
+        super().__init__()
+        for index, shape in enumerate(shapes):
+            part = nn.Linear(shape[1], shape[0], bias=False) if len(shape) == 2 else Experts(*shape)
+            self.add_module(str(index), part)
+
+    def forward(self, generator: torch.Generator, gain: Tensor) -> Tensor:
+        loss: Any = 0.0
+        for part in self.children():
+            weight: Any = part.weight
+            for w in [weight] if weight.ndim == 2 else weight:
+                m, n = w.shape
+                tokens = min(m, n) * 5 // 4 + 3
+                x = torch.randn(tokens, n, generator=generator) * _decay(n)
+                y = torch.randn(tokens, m, generator=generator) * _decay(m)
+                error = gain.to(w.dtype) * nn.functional.linear(x.to(w.dtype), w) - y.to(w.dtype)
+                loss = loss + error.to(torch.promote_types(w.dtype, torch.float32)).square().sum() / tokens
+        return loss
 
 
 class Regressions(nn.Module):
-    """Linear layers that each fit a target of their own; a vector scales every layer's outputs."""
+    """Layers, and a vector that scales every layer's outputs."""
 
     def __init__(self, shapes: Shapes, layers: int):
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList(nn.Linear(n, m, bias=False) for m, n in shapes) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(Layer(shapes) for _ in range(layers))
         self.gain = nn.Parameter(torch.ones(layers))
 
     def forward(self, seed: int, silent: bool = False) -> Tensor:
         """Loss on the data of ``seed``; ``silent`` leaves layer 0 out, so that it has no gradient."""
-        loss = torch.zeros((), dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
-        for index, (layer, gain) in enumerate(zip(self.layers, self.gain)):
-            if silent and index == 0:
-                continue
-            for linear in layer.children():
-                assert isinstance(linear, nn.Linear)
-                m, n = linear.weight.shape
-                tokens = min(m, n) * 5 // 4 + 3
-                x = torch.randn(tokens, n, generator=generator) * _decay(n)
-                y = torch.randn(tokens, m, generator=generator) * _decay(m)
-                dtype = linear.weight.dtype
-                error = gain * linear(x.to(dtype)) - y.to(dtype)
-                loss = loss + error.float().square().sum() / tokens
-        return loss
+        losses = [
+            layer(generator, gain)
+            for index, (layer, gain) in enumerate(zip(self.layers, self.gain))
+            if not (silent and index == 0)
+        ]
+        return torch.stack(losses).sum()
 
 
 def build_model(case: Case) -> Regressions:
     """The same model on every rank, whatever the global generator says."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        return Regressions(SHAPES[case.shapes], case.layers).to(case.torch_dtype)
-
-
-def deepspeed_config(case: Case) -> dict[str, Any]:
-    """The DeepSpeed configuration of a case, with its ``"lowrank"`` block."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": case.accumulation,
-        "gradient_clipping": case.clip,
-        "communication_data_type": "fp32",
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": case.dtype == "bf16"},
-        "zero_optimization": {"stage": case.stage, "reduce_bucket_size": 100_000, **case.zero},
-        "lowrank": lowrank_block(case),
-        **case.config,
-    }
-
-
-def lowrank_block(case: Case) -> dict[str, Any]:
-    """Options of the optimizer in a case."""
-    return {
-        "rank": case.rank,
-        "update_proj_gap": case.gap,
-        "selection": case.selection,
-        "moments": case.moments,
-        "proj_type": case.proj_type,
-        "wave_size": case.wave_size,
-        "seed": 3,
-        "gram_dtype": "float64",
-        "lr": 0.02,
-        "eps": 1e-8,
-        "weight_decay": case.weight_decay,
-    }
+        return Regressions(SHAPES[case.shapes], case.layers).to(case.model_dtype)
 
 
 def run_case(case: Case, with_free: bool = True) -> dict[str, Any]:
-    """Train under DeepSpeed on all ranks beside the references. Collective; rank 0's answer is complete.
+    """Train under the case's framework on all ranks beside the references. Collective; rank 0's answer is complete.
 
     Returns:
         ``deviation`` and ``free_deviation``: largest over the parameters of ‖W − W_ref‖ / ‖W_ref − W_0‖, fed and
-        free-running; ``ranks_equal``: indices and basis hashes equal on all ranks at every refresh and the indices
-        equal to the reference's; ``state_bytes``; ``cut``: matrices cut by a boundary; ``sent``: bytes by purpose.
+        free-running; ``ranks_equal``: after every step indices and bases equal on all ranks, indices and counters
+        equal to the reference's; ``basis_deviation``: largest ‖B − B_ref‖_F / √r; ``replicas_equal``: weights bitwise
+        equal on ranks that hold the same; ``refreshes``: fewest of a matrix; ``state_bytes``; ``shared`` and
+        ``moved``: matrices that lie on several ranks, of which rows move; ``sent``: bytes by purpose;
+        ``model_equal``: the model computes with the weights that the optimizer moves.
     """
-    import warnings
-
-    import deepspeed
-
     rank = torch.distributed.get_rank()
     torch.manual_seed(1000 + rank)  # nothing may depend on the global generator
-    model = build_model(case)
-    # In a model this small clamping the rank is what the case is about; the warning has a test of its own.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimizer = ds_lowrank.deepspeed_optimizer(model, deepspeed_config(case))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(case))
+    run = start(case, build_model(case))
+    optimizer = run.optimizer
     # The references run on rank 0: the others' cores are needed there.
-    fed = _Follower(case, optimizer, free=False) if rank == 0 else None
-    free = _Follower(case, optimizer, free=True) if rank == 0 and with_free else None
+    fed = Follower(case, optimizer, free=False) if rank == 0 else None
+    free = Follower(case, optimizer, free=True) if rank == 0 and with_free else None
     delivered: dict[str, tuple[Piece, Tensor]] = {}
-    _record_gradients(optimizer, delivered)
-    equal = True
+    _record_gradients(case, optimizer, delivered)
+    equal, basis_deviation = True, 0.0
     for step in range(case.steps):
         delivered.clear()
-        for micro in range(case.accumulation):
-            engine.backward(engine(_seed(step, micro, rank), step < case.silent))
-            engine.step()
-        gradients = _assemble(optimizer, delivered)
+        run.step([_arguments(case, step, micro, rank) for micro in range(case.accumulation)])
+        gradients, _ = assemble(optimizer, delivered)
         if fed is not None:
             fed.step(gradients)
         if free is not None:
             free.step(free.own_gradients(step, torch.distributed.get_world_size()))
-        equal = _agree(optimizer, fed.reference if fed is not None else None) and equal
-    final = _assemble(optimizer, {n: (p, optimizer.layout.weight(n)) for n, p in optimizer.layout.pieces.items()})
+        same, far = _agree(optimizer, fed.reference if fed is not None else None)
+        equal, basis_deviation = same and equal, max(far, basis_deviation)
+    final, replicas_equal = assemble(optimizer, _held(optimizer))
+    states: dict[str, Any] = optimizer.state[STATE_KEY]  # type: ignore[index]
     result = {
         "deviation": None if fed is None else fed.deviation(final),
         "free_deviation": None if free is None else free.deviation(final),
         "ranks_equal": equal,
-        "refreshes": min(int(s["refreshes"]) for s in optimizer.state[STATE_KEY].values()),  # type: ignore[index]
+        "basis_deviation": basis_deviation,
+        "replicas_equal": replicas_equal,
+        "refreshes": min((int(s["refreshes"]) for s in states.values()), default=None),
         "state_bytes": state_bytes(optimizer.state),
-        "cut": sum(plan.cut for plan in optimizer.plans),
+        "shared": sum(plan.shared for plan in optimizer.plans),
+        "moved": sum(plan.moves for plan in optimizer.plans),
         "sent": dict(optimizer.comm.sent_bytes),
-        "model_equal": _model_is_master(model, final),
+        "model_equal": _model_is_master(run, final),
     }
-    engine.destroy()
+    run.close()
     return result
 
 
-class _Follower:
+class Follower:
     """A reference with weights of its own."""
 
     def __init__(self, case: Case, optimizer: LowRankAdamW, free: bool):
         self.case = case
         self.model = build_model(case) if free else None
-        model = build_model(case)
-        self.start = {n: p.detach().float().clone() for n, p in model.named_parameters()}
-        weights = {n: w.clone() for n, w in self.start.items()}
-        block = lowrank_block(case)
+        self.wide = torch.float64 if case.dtype == "fp64" else torch.float32
+        self.start = {n: p.detach().to(self.wide).clone() for n, p in build_model(case).named_parameters()}
+        self.weights = {n: w.clone() for n, w in self.start.items()}
+        self.specs = optimizer.matrix_specs
+        # Every matrix is a view of its parameter: one of the stacked, or all of it with trailing dimensions folded.
+        views = {s.name: _matrix(self.weights[s.parameter], s.index) for s in self.specs}
+        projected = {s.parameter for s in self.specs}
+        views.update({n: w for n, w in self.weights.items() if n not in projected})
+        options = case.options
         self.reference = Reference(
-            weights,
-            {s.name: s.rank for s in optimizer.matrix_specs},
-            lr=block["lr"],
-            eps=block["eps"],
+            views,
+            {s.name: s.rank for s in self.specs},
+            lr=options["lr"],
+            eps=options["eps"],
             weight_decay=case.weight_decay,
             gap=case.gap,
             wave_size=case.wave_size,
             selection=case.selection,
             moments=case.moments,
             side=case.proj_type,
-            seed=block["seed"],
+            seed=options["seed"],
         )
         # The vector has no decay in the groups either.
-        self.undecayed = {n for n, w in weights.items() if w.ndim < 2}
+        self.undecayed = {n for n, w in self.weights.items() if w.ndim < 2}
 
     def step(self, gradients: dict[str, Tensor]) -> None:
-        before = {n: self.reference.weights[n].clone() for n in self.undecayed}
-        self.reference.step(gradients)
+        before = {n: self.weights[n].clone() for n in self.undecayed}
+        fed = {s.name: _matrix(gradients[s.parameter], s.index) for s in self.specs}
+        self.reference.step({**gradients, **fed})
         for n, w in before.items():
-            self.reference.weights[n].add_(w, alpha=self.reference.lr * self.reference.weight_decay)
+            self.weights[n].add_(w, alpha=self.reference.lr * self.reference.weight_decay)
 
     def own_gradients(self, step: int, ranks: int) -> dict[str, Tensor]:
-        """Averaged over ranks and micro-steps, clipped by the global norm as DeepSpeed does."""
+        """Averaged over ranks and micro-steps, clipped by the global norm as the frameworks do."""
         assert self.model is not None
         parameters = dict(self.model.named_parameters())
         for n, p in parameters.items():
-            p.data.copy_(self.reference.weights[n])
-        total = {n: torch.zeros_like(w) for n, w in self.reference.weights.items()}
+            p.data.copy_(self.weights[n])
+        total = {n: torch.zeros_like(w) for n, w in self.weights.items()}
         for rank in range(ranks):
             for micro in range(self.case.accumulation):
                 self.model.zero_grad()
-                self.model(_seed(step, micro, rank), step < self.case.silent).backward()
+                self.model(**_arguments(self.case, step, micro, rank)).backward()
                 for n, p in parameters.items():
                     if p.grad is None:
                         continue
-                    total[n] += p.grad.float() / (ranks * self.case.accumulation)
+                    total[n] += p.grad.to(self.wide) / (ranks * self.case.accumulation)
+        if not self.case.clip:
+            return total
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in total.values()))
         factor = max(1.0, (norm + 1e-6) / self.case.clip)
         return {n: g / factor for n, g in total.items()}
 
     def deviation(self, final: dict[str, Tensor]) -> float:
-        weights = self.reference.weights
-        return max(float((final[n] - w).norm() / (w - self.start[n]).norm()) for n, w in weights.items())
+        return max(float((final[n] - w).norm() / (w - self.start[n]).norm()) for n, w in self.weights.items())
 
 
-def _record_gradients(optimizer: LowRankAdamW, into: dict[str, tuple[Piece, Tensor]]) -> None:
+def assemble(optimizer: LowRankAdamW, pieces: dict[str, tuple[Piece, Tensor]]) -> tuple[dict[str, Tensor], bool]:
+    """Whole tensors on every rank from the pieces of all, and whether ranks that hold the same agree bitwise."""
+    gathered = optimizer.comm.gather_objects(pieces)
+    copy = optimizer.layout.ranks.copy
+    equal = True
+    found: dict[str, Tensor] = {}
+    for member in optimizer.members:
+        copies: dict[int, Tensor] = {}
+        for rank, table in enumerate(gathered):
+            if member.name not in table:
+                continue
+            piece, values = table[member.name]
+            key = rank if optimizer.layout.dealt else copy[rank]
+            target = copies.setdefault(key, torch.full(member.shape, float("nan"), dtype=values.dtype))
+            if piece.dim is None:
+                target.view(-1)[piece.start : piece.stop] = values
+            else:
+                part = target.narrow(piece.dim, piece.start, piece.stop - piece.start)
+                part.copy_(values.view(part.shape))
+        first, *others = copies.values()
+        assert not first.isnan().any(), f"{member.name}: no rank was given all of its gradient"
+        equal = equal and all(torch.equal(first, other) for other in others)
+        found[member.name] = first
+    return found, equal
+
+
+def _matrix(parameter: Tensor, index: int | None) -> Tensor:
+    shape = matrix_shape(tuple(parameter.shape), index is not None)
+    return (parameter if index is None else parameter[index]).view(shape)
+
+
+def _held(optimizer: LowRankAdamW) -> dict[str, tuple[Piece, Tensor]]:
+    layout = optimizer.layout
+    return {name: (piece, layout.weight(name).detach().cpu()) for name, piece in layout.pieces.items()}
+
+
+def _record_gradients(case: Case, optimizer: LowRankAdamW, into: dict[str, tuple[Piece, Tensor]]) -> None:
     """Copy the gradient pieces that each (partial) step is given."""
     inner = optimizer.step
 
     def step(closure=None):
         layout = optimizer.layout
-        # Only of the groups that step now: of the others a gradient may lie there that is not clipped yet.
-        stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for member in optimizer.members:
-            if member.name in layout.pieces and id(layout.flat_params(member.group)[0]) in stepping:
-                grad = layout.grad(member.name)
-                assert grad is not None
-                into[member.name] = (layout.pieces[member.name], grad.clone())
+        # Only what steps now: of the rest a gradient may lie there that is not clipped yet.
+        stepping = {n for group in optimizer.param_groups for p in group["params"] for n in layout.names_in(p)}
+        if case.dropped in stepping and torch.distributed.get_rank() % 2:
+            next(m for m in optimizer.members if m.name == case.dropped).parameter.grad = None
+        for name in stepping & layout.pieces.keys():
+            grad = layout.grad(name)
+            if grad is None:
+                grad = torch.zeros_like(layout.weight(name))
+            into[name] = (layout.pieces[name], grad.clone())
         return inner(closure)
 
     optimizer.step = step  # type: ignore[method-assign]
 
 
-def _assemble(optimizer: LowRankAdamW, pieces: dict[str, tuple[Piece, Tensor]]) -> dict[str, Tensor]:
-    """Whole tensors on every rank from the pieces of all."""
-    mine = {name: (piece, tensor.float()) for name, (piece, tensor) in pieces.items()}
-    gathered = optimizer.comm.gather_objects(mine)
-    whole = {}
-    for member in optimizer.members:
-        flat = torch.full((math.prod(member.shape),), float("nan"))
-        for table in gathered:
-            if member.name in table:
-                piece, values = table[member.name]
-                flat[piece.start : piece.stop] = values
-        assert not flat.isnan().any(), f"{member.name}: no rank was given all of its gradient"
-        whole[member.name] = flat.view(member.shape)
-    return whole
-
-
-def _agree(optimizer: LowRankAdamW, reference: Reference | None) -> bool:
-    """Indices and bases equal on every rank that computes, and the indices equal to the reference's."""
-    mine = {}
-    for name, state in optimizer.state[STATE_KEY].items():  # type: ignore[index]
-        if "basis" in state:
-            digest = hashlib.sha256(state["basis"].numpy().tobytes()).hexdigest()
-            mine[name] = (state["indices"].tolist(), digest, state["refreshes"], state["step"])
+def _agree(optimizer: LowRankAdamW, reference: Reference | None) -> tuple[bool, float]:
+    """Whether indices, counters and bases are equal on every rank that computes and the first two equal to the
+    reference's, and how far its bases are.
+    """
+    states: dict[str, Any] = optimizer.state[STATE_KEY]  # type: ignore[index]
+    mine: dict[str, Any] = {}
+    kept = {n: s["basis"] for n, s in states.items() if "basis" in s}
+    plans = [p for p in optimizer.plans if p.name in states]
+    plans = [p for p in plans if p.shared] + [p for p in plans if not p.shared]
+    for plan, basis in zip(plans, Bases(optimizer.comm).stream(plans, kept)):
+        state = states[plan.name]
+        if basis is not None:
+            mine[plan.name] = (state["indices"].tolist(), state["refreshes"], state["step"], basis.cpu())
     seen: dict[str, Any] = {}
     for table in optimizer.comm.gather_objects(mine):
-        for name, value in table.items():
-            if seen.setdefault(name, value) != value:
-                return False
+        for name, (*rest, basis) in table.items():
+            *known, known_basis = seen.setdefault(name, (*rest, basis))
+            if known != rest or not torch.equal(known_basis, basis):
+                return False, math.inf
     if reference is None:
-        return True
-    drawn = reference.selection != "random"
-    return seen.keys() == reference.matrices.keys() and all(
-        seen[n][2:] == (s["refreshes"], s["t"])
-        and (not drawn or s["refreshes"] == 0 or seen[n][0] == s["indices"].tolist())
-        for n, s in reference.matrices.items()
-    )
+        return True, 0.0
+    if seen.keys() != reference.matrices.keys():
+        return False, math.inf
+    far = 0.0
+    for name, state in reference.matrices.items():
+        indices, refreshes, step, basis = seen[name]
+        drawn = reference.selection != "random" and refreshes > 0
+        if (refreshes, step) != (state["refreshes"], state["t"]) or (drawn and indices != state["indices"].tolist()):
+            return False, math.inf
+        if refreshes:
+            far = max(far, float((basis - state["basis"]).norm()) / math.sqrt(basis.shape[1]))
+    return True, far
 
 
-def _model_is_master(model: nn.Module, final: dict[str, Tensor]) -> bool:
-    """Every rank's model holds the weights that the partitions hold."""
-    return all(torch.equal(p.detach(), final[n].to(p.dtype)) for n, p in model.named_parameters())
+def _model_is_master(run: Run, final: dict[str, Tensor]) -> bool:
+    """Every rank's model holds the weights that the optimizer moves."""
+    # A list, not a generator: every rank has to take part for every parameter.
+    equal = [torch.equal(w := whole(p), final[n].to(w.dtype)) for n, p in run.model.named_parameters()]
+    return all(equal)
 
 
-def _seed(step: int, micro: int, rank: int) -> int:
-    return (step * 64 + micro) * 16 + rank
+def _arguments(case: Case, step: int, micro: int, rank: int) -> dict[str, Any]:
+    return {"seed": (step * 64 + micro) * 16 + rank, "silent": step < case.silent}
 
 
 def _decay(size: int) -> Tensor:

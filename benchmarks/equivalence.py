@@ -1,43 +1,49 @@
-"""Does the update depend on the number of ranks, the ZeRO stage or the precision?
+"""Does the update depend on the layout, the number of ranks or the precision?
 
     python benchmarks/equivalence.py --json out.json
 
-Every row is a run under DeepSpeed on gloo ranks, three refreshes deep, with accumulation, clipping, weight decay and
-every rank's global generator seeded differently, over shapes that partition boundaries cut mid-row and with a
-1376×512 and a 512×1376 matrix. ``deviation`` is the largest ‖W − W_ref‖ / ‖W_ref − W_0‖ over all parameters of all
-shapes, the one-process reference being fed the averaged, clipped gradient that DeepSpeed delivered; ``free_deviation``
-the same with a reference that computes its own gradients (in bf16 it drifts with the model's rounding). The first rows
-anchor the reference in galore-torch.
+Every row is a run on gloo ranks, three refreshes deep, with accumulation, clipping, weight decay and every rank's
+global generator seeded differently, over tall, wide, square and stacked matrices, with fewer rows than ranks, uneven,
+cut mid-row by the boundaries between ranks, and with a 1376×512 and a 512×1376 matrix. ``deviation`` is the largest
+‖W − W_ref‖ / ‖W_ref − W_0‖ over all parameters of all shapes, the one-process reference being fed the averaged, clipped
+gradient that the framework delivered; ``free_deviation`` the same with a reference that computes its own gradients, for
+matrices with sides up to 64, ``free_real`` for the large ones (in bf16 both drift with the model's rounding).
+``basis_deviation`` is the largest ‖B − B_ref‖_F / √r. ``ranks_equal``: indices, counters and bases equal on all ranks
+that use them, indices equal to the reference's, weights bitwise equal wherever ranks hold the same, and equal to what
+the model computes with. The first row anchors the reference in galore-torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from cases import Case, run_case
+from harness import LAYOUTS
 from rank_pool import RankPool
 from table import Row, json_argument, show
 
 from ds_lowrank.reference import Reference
 
-PARTS = (Case(), Case(shapes="thin", rank=2), Case(shapes="real", layers=1, rank=32))
+SMALL = (Case(), Case(shapes="thin", rank=2), Case(shapes="experts", rank=3))
+REAL = Case(shapes="real", layers=1, rank=32)
 BF16_OPTIMIZER: dict[str, Any] = {"config": {"data_types": {"grad_accum_dtype": "fp32"}}}
-OFFLOAD: dict[str, Any] = {"zero": {"offload_optimizer": {"device": "cpu"}}}
 PLAIN_COMM: dict[str, Any] = {"zero": {"contiguous_gradients": False, "overlap_comm": False}}
 OVERLAP: dict[str, Any] = {"zero": {"contiguous_gradients": True, "overlap_comm": True}}
 
-# variant -> (stage, dtypes, settings); run with importance sampling, where most can go wrong
-VARIANTS: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
-    "zero1/bf16_optimizer": (1, ("bf16",), BF16_OPTIMIZER),
-    "zero1/offload": (1, ("fp32", "bf16"), OFFLOAD),
-    "zero2/offload": (2, ("fp32", "bf16"), OFFLOAD),
-    "zero2/plain_comm": (2, ("bf16",), PLAIN_COMM),
-    "zero2/overlap": (2, ("bf16",), OVERLAP),
+# variant -> (layout, dtypes, settings); run with importance sampling, where most can go wrong
+VARIANTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "bf16_optimizer": ("zero1", ("bf16",), BF16_OPTIMIZER),
+    "offload": ("zero1", ("fp32", "bf16"), {"offload": True}),
+    "offload ": ("zero2", ("fp32", "bf16"), {"offload": True}),
+    "plain_comm": ("zero2", ("bf16",), PLAIN_COMM),
+    "overlap": ("zero2", ("bf16",), OVERLAP),
+    " offload": ("zero3", ("fp32", "bf16"), {"offload": True}),
+    "whole bases": ("zero3", ("fp32",), {"shard_projection": False}),
+    "whole bases ": ("fsdp2", ("fp32",), {"shard_projection": False}),
 }
 
 
@@ -49,44 +55,56 @@ def main() -> None:
     rows = [anchor_row()]
     for ranks in args.ranks:
         pool = RankPool(ranks, timeout=300)
-        for layout, case in grid():
-            rows.append(case_row(pool, layout, case))
+        for variant, case in grid(ranks):
+            rows.append(case_row(pool, variant, case))
             print(*rows[-1].values(), flush=True)
         pool.close()
     show(rows, "Deviation from the one-process reference, as a share of the distance moved", args.json)
 
 
-def grid() -> Iterator[tuple[str, Case]]:
-    """The layouts, precisions, selections and moment policies of the table."""
-    for stage, dtype, selection, moments in itertools.product(
-        (1, 2), ("fp32", "bf16"), ("dominant", "importance"), ("keep", "project")
-    ):
-        yield f"zero{stage}", Case(stage=stage, dtype=dtype, selection=selection, moments=moments)
-    for layout, (stage, dtypes, settings) in VARIANTS.items():
+def grid(ranks: int) -> Iterator[tuple[str, Case]]:
+    """The layouts, precisions, selections and moment policies of the table: (variant, case)."""
+    for layout in LAYOUTS:
+        if layout == "one" and ranks > 1:
+            continue
+        for dtype in ("fp32", "bf16") if layout.startswith("zero") else ("fp64", "fp32", "bf16"):
+            for selection, moments in (("importance", "keep"), ("dominant", "project")):
+                yield "", Case(layout=layout, dtype=dtype, selection=selection, moments=moments)
+    for variant, (layout, dtypes, settings) in VARIANTS.items():
         for dtype in dtypes:
-            yield layout, Case(stage=stage, dtype=dtype, **settings)
+            yield variant.strip(), Case(layout=layout, dtype=dtype, **settings)
 
 
-def case_row(pool: RankPool, layout: str, case: Case) -> Row:
+def case_row(pool: RankPool, variant: str, case: Case) -> Row:
     """Run a case over all shapes; the worst of them is reported."""
-    results = []
-    for part in PARTS:
-        shaped = replace(case, shapes=part.shapes, layers=part.layers, rank=part.rank)
-        answers = pool.run(run_case, shaped)
-        answers[0]["ranks_equal"] = all(a["ranks_equal"] and a["model_equal"] for a in answers)
-        results.append(answers[0])
+    small = [_worst_rank(pool, replace(case, shapes=p.shapes, layers=p.layers, rank=p.rank)) for p in SMALL]
+    real = _worst_rank(pool, replace(case, shapes=REAL.shapes, layers=REAL.layers, rank=REAL.rank))
+    if case.layout in ("fsdp2", "hsdp"):
+        small.append(_worst_rank(pool, replace(case, shapes="columns", wide_on_columns=True)))
+    results = [*small, real]
     return {
-        "layout": layout,
+        "layout": case.layout,
+        "variant": variant,
         "ranks": pool.size,
         "dtype": case.dtype,
         "selection": case.selection,
         "moments": case.moments,
         "deviation": max(r["deviation"] for r in results),
+        "basis_deviation": max(r["basis_deviation"] for r in results),
         "ranks_equal": all(r["ranks_equal"] for r in results),
-        "free_deviation": max(r["free_deviation"] for r in results),
-        "cut": sum(r["cut"] for r in results),
-        "refreshes": min(r["refreshes"] for r in results),
+        "free_deviation": max(r["free_deviation"] for r in small),
+        "free_real": real["free_deviation"],
+        "shared": sum(r["shared"] for r in results),
+        "moved": sum(r["moved"] for r in results),
+        "refreshes": min(r["refreshes"] for r in results if r["refreshes"] is not None),
     }
+
+
+def _worst_rank(pool: RankPool, case: Case) -> dict[str, Any]:
+    answers = pool.run(run_case, case)
+    first = answers[0]
+    first["ranks_equal"] = all(a["ranks_equal"] and a["replicas_equal"] and a["model_equal"] for a in answers)
+    return first
 
 
 def anchor_row(steps: int = 10, gap: int = 4, rank: int = 16) -> Row:
@@ -127,15 +145,19 @@ def anchor_row(steps: int = 10, gap: int = 4, rank: int = 16) -> Row:
         galore.step()
         reference.step(gradients)
     return {
-        "layout": "reference vs galore-torch",
+        "layout": "one",
+        "variant": "reference vs galore-torch",
         "ranks": 1,
         "dtype": "fp32",
         "selection": "dominant",
         "moments": "keep",
         "deviation": max(float((theirs[n].data - w).norm() / (w - start[n]).norm()) for n, w in ours.items()),
+        "basis_deviation": None,
         "ranks_equal": True,
         "free_deviation": None,
-        "cut": 0,
+        "free_real": None,
+        "shared": 0,
+        "moved": 0,
         "refreshes": min(s["refreshes"] for s in reference.matrices.values()),
     }
 

@@ -12,6 +12,8 @@ def state_bytes(state: Any) -> int:
     storages: dict[int, int] = {}
 
     def count(value: Any) -> None:
+        if hasattr(value, "to_local"):  # a DTensor: what lies on this rank
+            value = value.to_local()
         if isinstance(value, torch.Tensor):
             storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         elif isinstance(value, dict):

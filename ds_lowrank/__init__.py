@@ -1,4 +1,4 @@
-"""Low-rank optimizers (SARA, GaLore) that work under DeepSpeed ZeRO."""
+"""Low-rank optimizers (SARA, GaLore) that work under DeepSpeed ZeRO, FSDP2 and DDP."""
 
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.integrations.deepspeed import (
@@ -8,7 +8,7 @@ from ds_lowrank.integrations.deepspeed import (
     prepare_cpu,
 )
 from ds_lowrank.integrations.transformers import LowRankCallback, metrics, trainer_optimizer
-from ds_lowrank.layouts import LayoutError
+from ds_lowrank.layouts import LayoutError, long_side_placement
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.param_groups import param_groups, projected_names
 from ds_lowrank.report import describe
@@ -22,6 +22,7 @@ __all__ = [
     "check_deepspeed_config",
     "deepspeed_optimizer",
     "describe",
+    "long_side_placement",
     "metrics",
     "param_groups",
     "prepare_cpu",

@@ -1,16 +1,18 @@
 """The collectives that the optimizer uses, counted. Knows ranks and bytes, no mathematics.
 
-One primitive moves everything that has to move: an all-to-all of 1-D pieces of one dtype, in which most pairs exchange
-nothing. Rows of cut matrices, Grams on their way to an owner and bases on their way to their holders are such pieces.
-It needs no process group beside the one the framework made, and its result does not depend on the backend's order of
-summation.
+Four of them move everything that has to move. An all-to-all of 1-D pieces, in which most pairs exchange nothing,
+carries rows of cut matrices and bases on their way to their keepers; an all-gather joins the slices of a basis and
+hands new weights round; a reduction adds Grams on their owner; a sum of small matrices serves the overlap of two bases.
+No process group is made beside the framework's. All are asynchronous, so that they run while something is computed, and
+are started in the same order on every rank.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,13 +20,40 @@ from torch import Tensor
 
 from ds_lowrank.layouts.base import Ranks
 
+T = TypeVar("T")
+
+
+class Pending(Generic[T]):
+    """A collective that has been started.
+
+    Args:
+        wait: waits for it and returns what it brought.
+    """
+
+    def __init__(self, wait: Callable[[], T]):
+        self._wait: Callable[[], T] | None = wait
+        self._value: T
+
+    def wait(self) -> T:
+        """What the collective brought; waits for it at the first call."""
+        if self._wait is not None:
+            self._value, self._wait = self._wait(), None
+        return self._value
+
+
+def done(value: T) -> Pending[T]:
+    """Something for which nothing has to be awaited."""
+    return Pending(lambda: value)
+
 
 class Comm:
     """Collectives over the data-parallel ranks.
 
     Attributes:
         ranks: who takes part.
-        sent_bytes: bytes this rank has sent to other ranks, by purpose, since the last :meth:`reset`.
+        sent_bytes: bytes this rank has sent to other ranks, by purpose, since the last :meth:`reset`. Of an all-gather
+            these are its own part, padded to the longest, once for every receiver; of a reduction its own addend
+            (nothing on the destination); of a sum what a ring sends.
     """
 
     def __init__(self, ranks: Ranks):
@@ -37,8 +66,8 @@ class Comm:
 
     def exchange(
         self, send: Sequence[Sequence[Tensor]], receive: Sequence[int], dtype: torch.dtype, purpose: str
-    ) -> list[Tensor]:
-        """Send pieces to every rank and receive pieces from every rank. Collective.
+    ) -> Pending[list[Tensor]]:
+        """Send pieces to every rank and receive pieces from every rank. Collective over all ranks.
 
         Args:
             send: for each rank, the tensors it gets, any shapes; they arrive flattened and joined in this order.
@@ -47,36 +76,129 @@ class Comm:
             purpose: name under which the bytes are counted, and which an error carries.
 
         Returns:
-            For each rank, what came from it: 1-D, ``dtype``, on the ranks' device. What a rank sends itself is moved
+            For each rank, what comes from it: 1-D, ``dtype``, on the ranks' device. What a rank sends itself is moved
             without traffic.
         """
         device = self.ranks.device
-        parts = [t.reshape(-1).to(device=device, dtype=dtype) for tensors in send for t in tensors]
-        send_sizes = [sum(t.numel() for t in tensors) for tensors in send]
-        outgoing = torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=device)
-        incoming = torch.empty(sum(receive), dtype=dtype, device=device)
+        sizes = [sum(t.numel() for t in tensors) for tensors in send]
+        outgoing = torch.empty(sum(sizes), dtype=dtype, device=device)
+        at = 0
+        for tensor in (t for tensors in send for t in tensors):
+            outgoing[at : at + tensor.numel()].view(tensor.shape).copy_(tensor)
+            at += tensor.numel()
         if self.ranks.size == 1:
-            incoming.copy_(outgoing)
-        else:
-            try:
-                dist.all_to_all_single(incoming, outgoing, list(receive), send_sizes, group=self.ranks.process_group)
-            except RuntimeError as error:
-                raise RuntimeError(f"all-to-all of {purpose} failed on rank {self.ranks.rank}: {error}") from error
-            away = sum(send_sizes) - send_sizes[self.ranks.rank]
-            self.sent_bytes[purpose] += away * incoming.element_size()
-        return list(incoming.split(list(receive)))
+            return done([outgoing])
+        incoming = torch.empty(sum(receive), dtype=dtype, device=device)
+        self.sent_bytes[purpose] += (sum(sizes) - sizes[self.ranks.rank]) * dtype.itemsize
+        return self._start(
+            "all-to-all",
+            purpose,
+            lambda: dist.all_to_all_single(
+                incoming, outgoing, list(receive), sizes, group=self.ranks.process_group, async_op=True
+            ),
+            lambda: list(incoming.split(list(receive))),
+            outgoing,
+        )
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, in rank order. Collective; for set-up only."""
+    def all_gather(self, mine: Tensor, sizes: Sequence[int], purpose: str) -> Pending[list[Tensor]]:
+        """Join the parts of the ranks that share this rank's copy of the model. Collective over them.
+
+        Args:
+            mine: this rank's part, 1-D and contiguous.
+            sizes: numbers in each of these ranks' parts.
+            purpose: see :meth:`exchange`.
+
+        Returns:
+            Every rank's part, 1-D.
+        """
+        if len(sizes) == 1:
+            return done([mine])
+        most = max(sizes)
+        if mine.numel() < most:  # gloo cannot gather parts of unequal size
+            mine = torch.cat([mine, mine.new_zeros(most - mine.numel())])
+        whole = mine.new_empty(most * len(sizes))
+        self.sent_bytes[purpose] += (len(sizes) - 1) * most * mine.element_size()
+        return self._start(
+            "all-gather",
+            purpose,
+            lambda: _all_gather(whole, mine, group=self.ranks.copy_group, async_op=True),
+            lambda: [part[:size] for part, size in zip(whole.split(most), sizes)],
+            mine,
+        )
+
+    def reduce(self, tensor: Tensor, owner: int, purpose: str) -> Pending[Tensor]:
+        """Add up a tensor over the ranks of one copy of the model. Collective over them.
+
+        Args:
+            tensor: contiguous; afterwards it holds the sum on ``owner`` and nothing of use elsewhere.
+            owner: a rank of this copy.
+            purpose: see :meth:`exchange`.
+
+        Returns:
+            ``tensor``.
+        """
+        if len(self.ranks.mates) == 1:
+            return done(tensor)
+        group = self.ranks.copy_group
+        destination = dist.get_global_rank(group, self.ranks.mates.index(owner)) if group is not None else owner
+        if owner != self.ranks.rank:
+            self.sent_bytes[purpose] += tensor.numel() * tensor.element_size()
+        return self._start(
+            "reduction", purpose, lambda: dist.reduce(tensor, destination, group=group, async_op=True), lambda: tensor
+        )
+
+    def all_reduce(self, tensor: Tensor, purpose: str) -> Pending[Tensor]:
+        """Add up a tensor over the ranks of one copy of the model, for all of them. Collective over them."""
+        mates = len(self.ranks.mates)
+        if mates == 1:
+            return done(tensor)
+        self.sent_bytes[purpose] += 2 * (mates - 1) * tensor.numel() * tensor.element_size() // mates
+        return self._start(
+            "sum", purpose, lambda: dist.all_reduce(tensor, group=self.ranks.copy_group, async_op=True), lambda: tensor
+        )
+
+    def gather_objects(self, value: Any, purpose: str = "plans") -> list[Any]:
+        """Every rank's ``value``, in rank order. Collective over all ranks; for set-up only."""
         if self.ranks.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.ranks.size
-        dist.all_gather_object(gathered, value, group=self.ranks.process_group)
+        with self._named("all-gather", purpose):
+            dist.all_gather_object(gathered, value, group=self.ranks.process_group)
         return gathered
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Sum of a few numbers over the ranks. Collective; in float64."""
+        """Sum of a few numbers over the ranks. Collective over all ranks; in float64."""
         total = torch.tensor(list(values), dtype=torch.float64, device=self.ranks.device)
         if self.ranks.size > 1:
-            dist.all_reduce(total, group=self.ranks.process_group)
+            with self._named("sum", "figures"):
+                dist.all_reduce(total, group=self.ranks.process_group)
         return total.tolist()
+
+    def _start(
+        self, collective: str, purpose: str, start: Callable[[], Any], result: Callable[[], T], *alive: Tensor
+    ) -> Pending[T]:
+        """Start a collective; ``alive`` is what must not be freed before it has ended."""
+        with self._named(collective, purpose):
+            work = start()
+
+        held = list(alive)
+
+        def wait() -> T:
+            with self._named(collective, purpose):
+                work.wait()
+            held.clear()
+            return result()
+
+        return Pending(wait)
+
+    @contextmanager
+    def _named(self, collective: str, purpose: str) -> Iterator[None]:
+        """Errors of a collective say which it was: a rank that died or hangs shows up on all others here."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(f"{collective} of {purpose} failed on rank {self.ranks.rank}: {error}") from error
+
+
+# torch 2.13 has renamed it; the old name warns there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

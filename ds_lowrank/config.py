@@ -37,6 +37,8 @@ class LowRankConfig:
         seed: key of the sampler, beside the parameter's name and the refresh index.
         stagger: spread the refreshes over the period in waves (True), or all at once as the papers do (False).
         wave_size: matrices in a wave.
+        shard_projection: ranks that share a matrix keep a part of its basis each and join it ahead of each use
+            (True), or all of it (False).
         gram_dtype: ``float32``, ``float64``, or ``auto``: float64 on a CPU, float32 elsewhere.
         lr, betas, eps, weight_decay: of AdamW; ``None`` leaves them to ``TrainingArguments`` or the optimizer's
             defaults.
@@ -56,6 +58,7 @@ class LowRankConfig:
     seed: int = 0
     stagger: bool = True
     wave_size: int = 8
+    shard_projection: bool = True
     gram_dtype: str = "auto"
     lr: float | None = None
     betas: tuple[float, float] | None = None
@@ -77,8 +80,9 @@ class LowRankConfig:
             ("gram_dtype", GRAM_DTYPES),
         ):
             _require_choice(option, getattr(self, option), allowed)
-        if not isinstance(self.stagger, bool):
-            raise ValueError(f"lowrank.stagger must be true or false, got {self.stagger!r}")
+        for option in ("stagger", "shard_projection"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"lowrank.{option} must be true or false, got {getattr(self, option)!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"lowrank.seed must be an integer, got {self.seed!r}")
         if not _is_number(self.scale) or self.scale <= 0:

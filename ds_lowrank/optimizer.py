@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,11 @@ from torch.optim.adamw import adamw
 
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
-from ds_lowrank.layouts import Layout, Member, find_layout
-from ds_lowrank.plan import MatrixSpec, make_plan
+from ds_lowrank.geometry import matrix_shape
+from ds_lowrank.layouts import Layout, Member, find_layout, local_tensors, whole_shape
+from ds_lowrank.plan import MatrixPlan, MatrixSpec, check_equal, make_plan
 from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats
-from ds_lowrank.rows import MatrixPlan
-from ds_lowrank.step import LowRankStep, work_dtype
+from ds_lowrank.step import LowRankStep
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # to its dtype and pass over the rest.
 STATE_KEY = "lowrank"
 
-_LOWRANK_KEYS = ("rank", "update_proj_gap", "scale", "proj_type")
+_LOWRANK_KEYS = ("rank", "update_proj_gap", "scale", "proj_type", "stacked")
 
 # Called by every construction: integrations refuse here what would otherwise go wrong without a word.
 construction_checks: list[Callable[[], None]] = []
@@ -42,14 +42,17 @@ class LowRankAdamW(torch.optim.Optimizer):
     .. math::
         R = \nabla A\,B \qquad N = \mathrm{Adam}(R) \qquad A \leftarrow (1-\eta\lambda)A - \eta\,\alpha\,N B^\top
 
-    It runs on one process and under DeepSpeed ZeRO-1 and ZeRO-2, where moments, bases and decompositions are shared
-    out over the ranks. How the model is sharded is found out, and verified, at the first step.
+    It runs on one process, under DistributedDataParallel, DeepSpeed ZeRO-1, 2 and 3, and FSDP2 (HSDP too), where
+    moments, bases and decompositions are shared out over the ranks. How the model is sharded is found out, and
+    verified, at the first step; the trajectory does not depend on it.
 
     Args:
         params: parameter groups, best made by :func:`ds_lowrank.param_groups`. A group with a ``rank`` (an int, or
-            one a parameter) is low-rank: its parameters are 2-D; it may set ``update_proj_gap``, ``scale``,
-            ``proj_type`` as GaLore's groups do. Other groups get plain AdamW. Give parameters as (name, parameter)
-            pairs: the sampler is keyed by the name.
+            one a parameter) is low-rank: its parameters are matrices; it may set ``update_proj_gap``, ``scale``,
+            ``proj_type`` as GaLore's groups do. ``stacked`` (a bool, or one a parameter) says what a parameter of more
+            than two dimensions is: True: matrices stacked along the first (the experts of a layer); False: one
+            matrix, out × (in · k · k), as a convolution's kernel. Other groups get plain AdamW. Give parameters as
+            (name, parameter) pairs: the sampler is keyed by the name.
         lr: learning rate η.
         betas: (β1, β2).
         eps: ε, added to the bias-corrected root.
@@ -62,10 +65,12 @@ class LowRankAdamW(torch.optim.Optimizer):
         seed: key of the sampler.
         stagger: refresh in waves spread over the period (True) or all matrices at once (False).
         wave_size: matrices in a wave.
+        shard_projection: ranks that share a matrix keep a part of its basis each and join it ahead of each use
+            (True), or all of it (False).
         gram_dtype: ``float32``, ``float64``, or ``auto``: float64 on a CPU, float32 elsewhere.
 
     Raises:
-        ValueError: an option is out of range, or a low-rank parameter is not 2-D.
+        ValueError: an option is out of range, or a low-rank parameter is no matrix.
         ds_lowrank.LayoutError: at the first step, on all ranks, when the sharding is not supported or the
             framework's links do not hold the model's weights.
 
@@ -90,6 +95,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         seed: int = 0,
         stagger: bool = True,
         wave_size: int = 8,
+        shard_projection: bool = True,
         gram_dtype: str = "auto",
     ):
         for check in construction_checks:
@@ -104,6 +110,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             seed=seed,
             stagger=stagger,
             wave_size=wave_size,
+            shard_projection=shard_projection,
             gram_dtype=gram_dtype,
         )
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
@@ -117,11 +124,11 @@ class LowRankAdamW(torch.optim.Optimizer):
             self._register(index, group)
         self._loaded = False
         self._layout: Layout | None = None
-        self._plans: list[list[MatrixPlan]] = []  # a list a group
+        self._plans: list[MatrixPlan] = []
         self._stateful: list[MatrixPlan] = []  # of which this rank keeps something
         self._stepper: LowRankStep | None = None
         self._refresher: Refresher | None = None
-        self._group_index: dict[int, int] = {}
+        self._gradients_checked = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group before the first step. See the class for what a group may hold."""
@@ -138,43 +145,67 @@ class LowRankAdamW(torch.optim.Optimizer):
         check_adamw(group["lr"], group["betas"], group["eps"], group["weight_decay"], where=f"group {index}: ")
         ranks: Any = group.get("rank")
         lowrank = ranks is not None
+        stacked: Any = group.get("stacked")
         if lowrank:
             _refuse_unknown(index, group)
             group.setdefault("scale", self.config.scale)
-            if not isinstance(ranks, (list, tuple)):
-                ranks = [ranks] * len(names)
-            if len(ranks) != len(names):
-                raise ValueError(f"group {index}: {len(ranks)} ranks for {len(names)} parameters")
+            ranks = _one_each("ranks", ranks, index, names)
+            stacked = _one_each("values of 'stacked'", stacked, index, names)
+        taken = {m.name for m in self._members}
         for k, (name, parameter) in enumerate(zip(names, group["params"])):
-            shape = tuple(parameter.shape)
-            if any(m.name == name for m in self._members):
+            shape = whole_shape(parameter)
+            if name in taken:
                 raise ValueError(f"group {index}: the parameter name {name!r} is taken already: names must be unique")
+            taken.add(name)
             self._members.append(Member(name, parameter, shape, index))
             if lowrank:
-                self._specs.append(self._spec(name, shape, index, ranks[k], group))
+                self._specs += self._make_specs(name, shape, index, ranks[k], stacked[k], group)
         kept = ("name", "param_names", *_LOWRANK_KEYS)
         self._group_options.append({key: group[key] for key in kept if key in group})
 
-    def _spec(self, name: str, shape: tuple[int, ...], index: int, rank: int, group: dict[str, Any]) -> MatrixSpec:
-        if len(shape) != 2:
+    def _make_specs(
+        self, name: str, shape: tuple[int, ...], index: int, rank: int, stacked: bool | None, group: dict[str, Any]
+    ) -> list[MatrixSpec]:
+        """The matrix, or the stacked matrices, of one parameter."""
+        if len(shape) < 2:
             raise ValueError(
                 f"{name} {shape} is in a low-rank group but is not a matrix: put it into a group without 'rank'"
             )
+        if stacked is None and len(shape) > 2:
+            raise ValueError(
+                f"{name} {shape} has {len(shape)} dimensions: set 'stacked' in its group to True if they are matrices "
+                "stacked along the first (experts), to False if it is one matrix with its trailing dimensions folded "
+                "into columns (a convolution's kernel), or put it into a group without 'rank'"
+            )
+        if stacked and len(shape) < 3:
+            raise ValueError(f"{name} {shape} is 'stacked' but has two dimensions only: leave 'stacked' out")
         options = LowRankConfig(
             rank=rank,
             update_proj_gap=group.get("update_proj_gap", self.config.update_proj_gap),
             scale=group["scale"],
             proj_type=group.get("proj_type", self.config.proj_type),
         )
-        if rank > max(shape):
-            raise ValueError(f"rank {rank} is larger than both sides of {name} {shape}: use at most {min(shape)}")
-        if rank > min(shape):
+        m, n = matrix_shape(shape, bool(stacked))
+        if rank > max(m, n):
+            raise ValueError(f"rank {rank} is larger than both sides of {name} {(m, n)}: use at most {min(m, n)}")
+        if rank > min(m, n):
             warnings.warn(
-                f"rank {rank} is larger than the shorter side of {name} {shape}: clamped to {min(shape)}", stacklevel=4
+                f"rank {rank} is larger than the shorter side of {name} {(m, n)}: clamped to {min(m, n)}", stacklevel=4
             )
-        return MatrixSpec(
-            name, (shape[0], shape[1]), index, min(rank, *shape), options.update_proj_gap, options.proj_type
-        )
+        return [
+            MatrixSpec(
+                name=name if e is None else f"{name}[{e}]",
+                parameter=name,
+                parameter_shape=shape,
+                index=e,
+                shape=(m, n),
+                group=index,
+                rank=min(rank, m, n),
+                gap=options.update_proj_gap,
+                proj_type=options.proj_type,
+            )
+            for e in (range(shape[0]) if stacked else [None])
+        ]
 
     # -- layout and state -----------------------------------------------------------------------------------------
 
@@ -195,7 +226,7 @@ class LowRankAdamW(torch.optim.Optimizer):
     def plans(self) -> list[MatrixPlan]:
         """Plan of every projected matrix, in the model's parameter order."""
         self.ensure_state()
-        return [plan for group in self._plans for plan in group]
+        return list(self._plans)
 
     @property
     def members(self) -> list[Member]:
@@ -234,7 +265,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         assert self._stepper is not None
         for plan in self._stateful:
             if plan.name not in states:
-                state = self._stepper.new_state(plan, self._dtype_of(plan.group))
+                state = self._stepper.new_state(plan)
                 if state is not None:
                     states[plan.name] = state
 
@@ -245,7 +276,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         wrong = [f"it has {name!r}, which is no projected parameter here" for name in states if name not in known]
         for plan in self._stateful:
             if plan.name in states:
-                fault = self._stepper.fit_state(plan, states[plan.name], self._dtype_of(plan.group))
+                fault = self._stepper.fit_state(plan, states[plan.name])
                 wrong += [fault] if fault else []
         for rank, faults in enumerate(self._comm.gather_objects(wrong[:1])):
             if faults:
@@ -261,9 +292,11 @@ class LowRankAdamW(torch.optim.Optimizer):
                 len(self._stateful),
                 missing[0],
             )
-        for index, plans in enumerate(self._plans):
-            for tensor in self._layout.flat_params(index) if plans and self._layout else []:
-                self.state.pop(tensor, None)  # what another optimizer kept for them
+        assert self._layout is not None
+        projected = {plan.parameter for plan in self._plans}
+        for tensor in [key for key in self.state if isinstance(key, Tensor)]:
+            if projected.intersection(self._layout.names_in(tensor)):
+                del self.state[tensor]  # what another optimizer kept for them
         self._loaded = False
 
     def _find_layout(self) -> None:
@@ -273,31 +306,29 @@ class LowRankAdamW(torch.optim.Optimizer):
                 "ds_lowrank.param_groups(model), or the optimizer with ds_lowrank.build_optimizer(model)",
                 stacklevel=4,
             )
-        layout = find_layout(self._members, self._all_groups)
+        layout, members = find_layout(self._members, self._all_groups)
         comm = Comm(layout.ranks)
         config = self.config
         scales = [options.get("scale") for options in self._group_options]
-        plans = make_plan(
+        self._plans = make_plan(
             self._specs,
             layout,
             comm,
             stagger=config.stagger,
             wave_size=config.wave_size,
+            shard_projection=config.shard_projection,
             options=repr((config, scales)),
         )
         self._refresher = Refresher(
             comm, config.selection, config.moments, config.seed, _gram_dtype(config.gram_dtype, layout.ranks.device)
         )
         self._stepper = LowRankStep(layout, comm, self._refresher)
-        self._plans = [[p for p in plans.values() if p.group == i] for i in range(len(self._all_groups))]
         rank = layout.ranks.rank
-        self._stateful = [p for p in plans.values() if p.cut or p.shares[rank] is not None]
-        self._group_index = {id(tensor): i for i in range(len(self._all_groups)) for tensor in layout.flat_params(i)}
+        self._stateful = [p for p in self._plans if p.shared or p.shares[rank] is not None]
+        self._members = members
+        self._group_of = {m.name: m.group for m in members}
         self._comm = comm
         self._layout = layout
-
-    def _dtype_of(self, group: int) -> torch.dtype:
-        return work_dtype(next(m.parameter.dtype for m in self._members if m.group == group))
 
     # -- step -----------------------------------------------------------------------------------------------------
 
@@ -317,14 +348,32 @@ class LowRankAdamW(torch.optim.Optimizer):
                 loss = closure()
         self.ensure_state()
         assert self._stepper is not None
-        states = self.state[STATE_KEY]  # type: ignore[index]
+        assert self._layout is not None
+        self._check_gradients()
+        stepping: set[str] = set()
+        groups: dict[int, dict[str, Any]] = {}
+        lowrank = {plan.group for plan in self._plans}
         for group in self.param_groups:
-            index = self._group_index[id(group["params"][0])]
-            if self._plans[index]:
-                self._stepper.run(self._plans[index], states, group, self._dtype_of(index))
-            else:
+            names = [name for tensor in group["params"] for name in self._layout.names_in(tensor)]
+            index = self._group_of[names[0]] if names else -1
+            if index in lowrank:
+                stepping.update(names)
+                groups[index] = group
+            elif names:
                 self._step_full_rank(group)
+        plans = [p for p in self._plans if p.parameter in stepping]
+        self._stepper.run(plans, self.state[STATE_KEY], groups)  # type: ignore[index]
         return loss
+
+    def _check_gradients(self) -> None:
+        """At the first step: ranks that hold whole parameters each must have been given the same gradients."""
+        assert self._layout is not None
+        if self._gradients_checked:
+            return
+        self._gradients_checked = True
+        if self._layout.dealt:
+            found = self._comm.gather_objects(self._layout.checksums("gradients"))
+            check_equal(found, "gradients", "nobody averages them. Wrap the model in DistributedDataParallel")
 
     def _step_full_rank(self, group: dict[str, Any]) -> None:
         """Plain AdamW, torch's own, on whatever tensors the group holds."""
@@ -339,12 +388,21 @@ class LowRankAdamW(torch.optim.Optimizer):
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         if not params:
             return
-        moments: list[list[Tensor]] = [[self.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq")]
+        # Element by element: what this rank holds of a DTensor is all that is needed.
+        weights, grads, exp_avgs, exp_avg_sqs = (
+            local_tensors(tensors)
+            for tensors in (
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+            )
+        )
         adamw(
-            params,
-            [p.grad for p in params],
-            moments[0],
-            moments[1],
+            weights,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
             [],
             [self.state[p]["step"] for p in params],
             fused=True,
@@ -369,6 +427,14 @@ class LowRankAdamW(torch.optim.Optimizer):
             self._loaded = True
             for group, options in zip(self.param_groups, self._group_options):
                 group.update(options)
+
+
+def _one_each(what: str, given: Any, index: int, names: Sequence[str]) -> Sequence[Any]:
+    """A group's option as one value a parameter."""
+    values = given if isinstance(given, (list, tuple)) else [given] * len(names)
+    if len(values) != len(names):
+        raise ValueError(f"group {index}: {len(values)} {what} for {len(names)} parameters")
+    return values
 
 
 def _refuse_unknown(index: int, group: dict[str, Any]) -> None:

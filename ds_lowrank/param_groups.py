@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from ds_lowrank.config import LowRankConfig
+from ds_lowrank.geometry import matrix_shape
+from ds_lowrank.layouts import whole_shape
 
 # A decoder layer's index: the first whole number between dots in a parameter's name.
 _LAYER = re.compile(r"^(.*?\.)?\d+(?=\.)")
@@ -21,60 +23,90 @@ _HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "output_projection
 MAX_GROUPS = 4
 
 
+# What wrappers put into the names of parameters; the sampler is keyed by the name without it.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 @dataclass(frozen=True)
 class Target:
     """A parameter that is trained in a subspace.
 
     Attributes:
-        name: name in ``model.named_parameters()``.
-        parameter: the weight, m × n.
+        name: name in ``model.named_parameters()``, without what wrappers put into it.
+        parameter: the weight.
         rank: r, clamped to min(m, n).
+        stacked: whether it is several matrices stacked along the first dimension.
     """
 
     name: str
     parameter: nn.Parameter
     rank: int
+    stacked: bool
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A parameter that a pattern may name.
+
+    Attributes:
+        name: what patterns are matched with: the module's name, or the parameter's where a module has several.
+        parameter: the weight.
+        stacked: see :class:`Target`.
+        linear: whether ``all-linear`` means it.
+        protected: an embedding or an output head, which only its own name reaches.
+        refused: why it cannot be projected, if so.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    stacked: bool = False
+    linear: bool = True
+    protected: bool = False
+    refused: str | None = None
 
 
 def find_targets(model: nn.Module, config: LowRankConfig) -> list[Target]:
     """The projected parameters, in the model's parameter order.
 
-    Only two-dimensional weights of linear layers (and of embeddings that are named) are candidates. Embeddings and
-    the output head are left out unless ``optim_target_modules`` names them; frozen parameters always are.
+    ``all-linear`` means the two-dimensional weights of linear layers and the stacked weights of experts (E × m × n,
+    each of the E matrices projected by itself). Embeddings, the output head and convolutions (as out × (in · k · k))
+    are projected only where ``optim_target_modules`` names them; frozen parameters never are.
 
     Raises:
-        ValueError: a pattern of ``optim_target_modules`` or ``rank_pattern`` matches nothing, or a rank is larger
-            than both sides of a weight.
+        ValueError: a pattern of ``optim_target_modules`` or ``rank_pattern`` matches nothing, or something that is no
+            matrix, or a rank is larger than both sides of a weight.
     """
-    protected = _embeddings_and_heads(model)
-    patterns = _patterns(config)
-    used: set[str] = set()
-    chosen: dict[int, str] = {}
-    for module_name, module in _linear_like(model):
-        if not module.weight.requires_grad:
-            continue
-        hits = [p for p in patterns if _matches(p, module_name, module)]
-        if module in protected:
-            hits = [p for p in hits if p != "all-linear" and module_name.rsplit(".", 1)[-1] in p]
-        if hits:
-            used.update(hits)
-            chosen[id(module.weight)] = module_name
-    unused = [p for p in patterns if p not in used]
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing is projected: every parameter of the model is frozen")
+    candidates = [c for c in _candidates(model) if c.parameter.requires_grad]
+    patterns = _patterns(config)
+    used: set[str] = set()
+    chosen: dict[int, _Candidate] = {}
+    for candidate in candidates:
+        hits = [p for p in patterns if _matches(p, candidate)]
+        if not hits:
+            continue
+        if candidate.refused:
+            raise ValueError(
+                f"optim_target_modules: {hits[0]!r} matches {candidate.name} {whole_shape(candidate.parameter)}, "
+                f"{candidate.refused}: name other modules, and it is trained full-rank"
+            )
+        used.update(hits)
+        chosen[id(candidate.parameter)] = candidate
+    unused = [p for p in patterns if p not in used]
     if unused:
-        names = [name for name, module in _linear_like(model) if module not in protected]
+        names = [c.name for c in _candidates(model) if c.linear and not c.protected]
         raise ValueError(
             f"optim_target_modules: {', '.join(map(repr, unused))} matches no trainable linear layer. "
             f"Linear layers here: {_shorten(names)}"
         )
     targets = [
-        Target(name, parameter, _clamped_rank(name, parameter, config))
-        for name, parameter in model.named_parameters()
-        if id(parameter) in chosen and parameter.requires_grad
+        Target(name, parameter, _clamped_rank(name, parameter, stacked, config), stacked)
+        for name, parameter in _named_parameters(model)
+        if id(parameter) in chosen
+        for stacked in [chosen[id(parameter)].stacked]
     ]
-    if not targets:
-        raise ValueError("nothing is projected: every weight that optim_target_modules matches is frozen")
     for pattern in config.rank_pattern:
         if not any(re.search(pattern, target.name) for target in targets):
             raise ValueError(
@@ -120,6 +152,7 @@ def param_groups(
     config = config or LowRankConfig()
     decay = weight_decay if config.weight_decay is None else config.weight_decay
     targets = find_targets(model, config)
+    any_stacked = any(t.stacked for t in targets) or any(len(whole_shape(t.parameter)) > 2 for t in targets)
     groups: list[dict[str, Any]] = []
     for chunk in _layer_chunks(targets, _world_size() if ranks is None else ranks):
         groups.append(
@@ -131,13 +164,14 @@ def param_groups(
                 "rank": [t.rank for t in chunk],
                 "update_proj_gap": config.update_proj_gap,
                 "proj_type": config.proj_type,
+                **({"stacked": [t.stacked for t in chunk]} if any_stacked else {}),
             }
         )
     lowrank = {id(t.parameter) for t in targets}
-    rest = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in lowrank]
+    rest = [(n, p) for n, p in _named_parameters(model) if p.requires_grad and id(p) not in lowrank]
     for name, part, part_decay in (
-        ("full.decay", [(n, p) for n, p in rest if p.ndim >= 2], decay),
-        ("full.no_decay", [(n, p) for n, p in rest if p.ndim < 2], 0.0),
+        ("full.decay", [(n, p) for n, p in rest if len(whole_shape(p)) >= 2], decay),
+        ("full.no_decay", [(n, p) for n, p in rest if len(whole_shape(p)) < 2], 0.0),
     ):
         if part:
             groups.append({"params": part, "name": name, "weight_decay": part_decay})
@@ -176,20 +210,48 @@ def _patterns(config: LowRankConfig) -> list[str]:
     return [targets] if isinstance(targets, str) else list(targets)
 
 
-def _matches(pattern: str, module_name: str, module: nn.Module) -> bool:
+def _matches(pattern: str, candidate: _Candidate) -> bool:
     """The HF Trainer's reading: a name, a part of it, or a regular expression for the whole of it."""
     if pattern == "all-linear":
-        return not isinstance(module, nn.Embedding)
-    return pattern in module_name or re.fullmatch(pattern, module_name) is not None
+        return candidate.linear and not candidate.protected
+    if candidate.protected and candidate.name.rsplit(".", 1)[-1] not in pattern:
+        return False
+    return pattern in candidate.name or re.fullmatch(pattern, candidate.name) is not None
 
 
-def _linear_like(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Modules with one two-dimensional weight that maps vectors: Linear, GPT-2's Conv1D, Embedding."""
-    for name, module in model.named_modules():
-        kind = isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "Conv1D"
-        weight = getattr(module, "weight", None)
-        if kind and isinstance(weight, nn.Parameter) and weight.ndim == 2:
-            yield name, module
+def _candidates(model: nn.Module) -> Iterator[_Candidate]:
+    """Weights of linear layers (GPT-2's Conv1D is one), embeddings and convolutions, and every other parameter of
+    three or more dimensions, which is taken for stacked matrices if it has three.
+    """
+    protected = _embeddings_and_heads(model)
+    for module_name, module in model.named_modules():
+        module_name = clean_name(module_name)
+        linear = isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "Conv1D"
+        for name, parameter in module.named_parameters(recurse=False):
+            dimensions = len(whole_shape(parameter))
+            if linear and name == "weight" and dimensions == 2:
+                yield _Candidate(module_name, parameter, protected=module in protected)
+            elif isinstance(module, _CONVOLUTIONS) and name == "weight":
+                yield _Candidate(module_name, parameter, linear=False)
+            elif dimensions == 3 and "conv" not in type(module).__name__.lower():
+                own = f"{module_name}.{name}" if module_name else name
+                experts = "expert" in own.lower() or hasattr(module, "num_experts")
+                yield _Candidate(own, parameter, stacked=True, linear=experts)
+            elif dimensions > 2:
+                reason = f"a {dimensions}-dimensional parameter of a {type(module).__name__}, which is no matrix"
+                yield _Candidate(f"{module_name}.{name}", parameter, linear=False, refused=reason)
+
+
+def clean_name(name: str) -> str:
+    """A name without what torch.compile, activation checkpointing and FSDP put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters under the names that the bare model gives them."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return [(clean_name(name), parameter) for name, parameter in model.named_parameters()]
 
 
 def _embeddings_and_heads(model: nn.Module) -> set[nn.Module]:
@@ -207,9 +269,9 @@ def _embeddings_and_heads(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _clamped_rank(name: str, parameter: nn.Parameter, config: LowRankConfig) -> int:
+def _clamped_rank(name: str, parameter: nn.Parameter, stacked: bool, config: LowRankConfig) -> int:
     rank = config.rank_of(name)
-    shape = tuple(parameter.shape)
+    shape = matrix_shape(whole_shape(parameter), stacked)
     if rank > max(shape):
         raise ValueError(
             f"rank {rank} is larger than both sides of {name} {shape}: choose a rank up to {min(shape)}, set "

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_lowrank.comm import Comm
-from ds_lowrank.rows import MatrixPlan
+from ds_lowrank.bases import Bases
+from ds_lowrank.comm import Comm, Pending
+from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.subspace.basis import Basis, carry_moments_, draw_basis, overlap
 from ds_lowrank.subspace.project import gram
-from ds_lowrank.subspace.schedule import is_due
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,14 @@ class RefreshStats:
     Attributes:
         decomposed: how many.
         seconds: wall time of the refreshes of this rank, exchanges included.
+        decomposing: of which its own decompositions.
         overlap, overlaps: sum and number of overlaps with the basis before.
         captured: sum of the shares of gradient energy inside the new subspace.
     """
 
     decomposed: int = 0
     seconds: float = 0.0
+    decomposing: float = 0.0
     overlap: float = 0.0
     overlaps: int = 0
     captured: float = 0.0
@@ -83,6 +85,7 @@ class Refresher:
         self._moments = moments
         self._seed = seed
         self._gram_dtype = gram_dtype
+        self._bases = Bases(comm)
         self._warned = False
         self.stats = RefreshStats()
 
@@ -91,29 +94,28 @@ class Refresher:
         plans: Sequence[MatrixPlan],
         blocks: Mapping[str, Sequence[Tensor]],
         states: Mapping[str, MatrixState],
-        dtype: torch.dtype,
     ) -> None:
-        """Refresh those of ``plans`` that are due. Collective when one of them is cut.
+        """Refresh a wave of matrices side by side. Collective when one of them is shared.
 
         Args:
-            plans: the matrices of this call that have a gradient, the same on all ranks as far as they are cut.
+            plans: matrices of one dtype that are due and of which this rank keeps a state; the shared ones are the
+                same on all ranks.
             blocks: name -> blocks of rows of A's gradient on this rank.
-            states: name -> state; the counters of cut matrices are known to every rank, others to their holder.
-            dtype: of the bases, the same for all of ``plans``.
+            states: name -> state; the counters of shared matrices are known to every rank, others to their holder.
         """
-        due = [p for p in plans if p.name in states and is_due(_int(states[p.name], "step"), p.phase, p.gap)]
-        if not due:
+        if not plans:
             return
         start = time.perf_counter()
-        for plan in due:
-            if not plan.cut:
+        shared = [p for p in plans if p.shared]
+        totals = self._sum_grams(shared, blocks)
+        for plan in plans:  # while Grams are on their way
+            if not plan.shared:
                 state = states[plan.name]
-                drawn = self._draw(plan, self._gram(plan, blocks), state, dtype)
+                drawn = self._draw(plan, self._gram(plan, blocks), state)
                 if drawn is not None:
-                    self._install(plan, state, drawn.vectors, drawn.indices)
-        shared = [p for p in due if p.cut]
+                    self._install(plan, state, drawn.vectors, drawn.indices, self._cross_of_one(state, drawn))
         if shared:
-            self._refresh_shared(shared, blocks, states, dtype)
+            self._refresh_shared(shared, totals, states)
         self.stats.seconds += time.perf_counter() - start
 
     def _gram(self, plan: MatrixPlan, blocks: Mapping[str, Sequence[Tensor]]) -> Tensor:
@@ -121,26 +123,25 @@ class Refresher:
         parts = [gram(block.to(device), self._gram_dtype) for block in blocks[plan.name]]
         return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
 
-    def _draw(self, plan: MatrixPlan, gram_sum: Tensor, state: MatrixState, dtype: torch.dtype) -> Basis | None:
+    def _draw(self, plan: MatrixPlan, gram_sum: Tensor, state: MatrixState) -> Basis | None:
         """Decompose on the owner."""
+        start = time.perf_counter()
         drawn = draw_basis(
             gram_sum,
             plan.rank,
             self._selection,
-            dtype,
+            plan.dtype,
             candidates=min(plan.shape),
             seed=self._seed,
             name=plan.name,
             refresh=_int(state, "refreshes"),
         )
+        self.stats.decomposing += time.perf_counter() - start
         if drawn is None:
             self._explain(plan, gram_sum)
             return None
         self.stats.decomposed += 1
         self.stats.captured += drawn.captured
-        if _int(state, "refreshes"):
-            self.stats.overlap += overlap(_tensor(state, "basis").to(drawn.vectors), drawn.vectors)
-            self.stats.overlaps += 1
         return drawn
 
     def _explain(self, plan: MatrixPlan, gram_sum: Tensor) -> None:
@@ -153,49 +154,117 @@ class Refresher:
                 plan.shape,
             )
 
-    def _install(self, plan: MatrixPlan, state: MatrixState, vectors: Tensor, indices: Tensor) -> None:
-        if plan.shares[self._rank] is not None:
-            basis = _tensor(state, "basis")
-            if _int(state, "refreshes"):
-                carry_moments_(_tensor(state, "exp_avg"), basis, vectors.to(basis), self._moments)
-            basis.copy_(vectors)
+    def _cross_of_one(self, state: MatrixState, drawn: Basis) -> Tensor | None:
+        """B_oldᵀ B_new of a matrix of which this rank keeps all."""
+        if not _int(state, "refreshes"):
+            return None
+        return _tensor(state, "basis").to(drawn.vectors).mT @ drawn.vectors
+
+    def _install(
+        self, plan: MatrixPlan, state: MatrixState, vectors: Tensor | None, indices: Tensor, cross: Tensor | None
+    ) -> None:
+        """Take over what is kept here of a new basis. ``vectors``: ``None`` where no row is computed."""
+        if vectors is not None:
+            if cross is not None:
+                exp_avg = _tensor(state, "exp_avg")
+                carry_moments_(exp_avg, cross.to(exp_avg.device), self._moments)
+            _tensor(state, "basis").copy_(vectors)
             _tensor(state, "indices").copy_(indices)
+        if cross is not None and plan.owner == self._rank:
+            self.stats.overlap += overlap(cross)
+            self.stats.overlaps += 1
         state["refreshes"] = _int(state, "refreshes") + 1
 
     def _refresh_shared(
         self,
         plans: Sequence[MatrixPlan],
-        blocks: Mapping[str, Sequence[Tensor]],
+        totals: Mapping[str, Pending[Tensor]],
         states: Mapping[str, MatrixState],
-        dtype: torch.dtype,
     ) -> None:
-        """Cut matrices: Gram blocks to the owner, the verdict to everyone, the basis to those who compute."""
-        grams = self._sum_grams(plans, blocks)
-        drawn = {p.name: self._draw(p, grams[p.name], states[p.name], dtype) for p in plans if p.name in grams}
+        """Decompose what is owned here; verdicts to everyone, slices of bases to those who compute."""
+        drawn = {name: self._draw(p, totals[name].wait(), states[name]) for p in plans if (name := p.name) in totals}
         verdicts = self._tell(plans, drawn)
         fresh = [p for p in plans if verdicts[p.name].fresh]
-        bases = self._send_bases(fresh, drawn, dtype)
+        if not fresh:
+            return
+        vectors = {name: basis.vectors for name, basis in drawn.items() if basis is not None}
+        arrived = self._bases.scatter(fresh, vectors)
+        crosses = self._sum_crosses([p for p in fresh if _int(states[p.name], "refreshes")], arrived, states)
         for plan in fresh:
-            # A rank that computes no row of it gets no basis: only its counter moves.
-            vectors = bases.get(plan.name, torch.empty(0))
-            self._install(plan, states[plan.name], vectors, verdicts[plan.name].indices)
+            name = plan.name
+            self._install(plan, states[name], arrived.get(name), verdicts[name].indices, crosses.get(name))
 
-    def _sum_grams(self, plans: Sequence[MatrixPlan], blocks: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-        """Gram of the whole matrix, on its owner: the ranks' parts summed in rank order."""
+    def _sum_grams(
+        self, plans: Sequence[MatrixPlan], blocks: Mapping[str, Sequence[Tensor]]
+    ) -> dict[str, Pending[Tensor]]:
+        """Grams of whole matrices, on their owners: the parts of the ranks in the owner's copy of the model."""
+        totals: dict[str, Pending[Tensor]] = {}
+        mates = self._comm.ranks.mates
+        few = []
+        before: Pending[Tensor] | None = None
+        for plan in plans:
+            if len(plan.witnesses(plan.owner)) != len(mates):
+                few.append(plan)
+            elif plan.owner in mates:  # other copies of the model have the same gradient and leave it to this one
+                summing = self._comm.reduce(self._gram(plan, blocks), plan.owner, "Gram matrices")
+                if plan.owner == self._rank:
+                    totals[plan.name] = summing
+                # One is computed while another travels: what is not owned here is freed as soon as it has left.
+                if before is not None:
+                    before.wait()
+                before = summing
+        if few:
+            totals.update(self._exchange_grams(few, blocks))
+        return totals
+
+    def _exchange_grams(
+        self, plans: Sequence[MatrixPlan], blocks: Mapping[str, Sequence[Tensor]]
+    ) -> dict[str, Pending[Tensor]]:
+        """The same where few ranks hold a matrix: only they send. Summed in rank order."""
         everyone = range(self._comm.ranks.size)
-        mine = {p.name: self._gram(p, blocks) for p in plans if self._rank in p.computing}
-        owned = [p for p in plans if p.owner == self._rank]
+        mine = {p.name: self._gram(p, blocks) for p in plans if self._rank in p.witnesses(p.owner)}
         send = [[mine[p.name] for p in plans if p.owner == k and p.name in mine] for k in everyone]
-        coming = [[p for p in owned if k in p.computing] for k in everyone]
-        arrived = self._comm.exchange(
+        owned = [p for p in plans if p.owner == self._rank]
+        coming = [[p for p in owned if k in p.witnesses(p.owner)] for k in everyone]
+        arriving = self._comm.exchange(
             send, [sum(p.short**2 for p in c) for c in coming], self._gram_dtype, "Gram matrices"
         )
-        totals: dict[str, Tensor] = {}
-        for parts, values in zip(coming, arrived):
-            for plan, part in zip(parts, values.split([p.short**2 for p in parts])):
-                square = part.view(plan.short, plan.short)
-                totals[plan.name] = totals[plan.name].add_(square) if plan.name in totals else square
-        return totals
+
+        def totals() -> dict[str, Tensor]:
+            sums: dict[str, Tensor] = {}
+            for parts, values in zip(coming, arriving.wait()):
+                for plan, part in zip(parts, values.split([p.short**2 for p in parts])):
+                    square = part.view(plan.short, plan.short)
+                    sums[plan.name] = sums[plan.name].add_(square) if plan.name in sums else square
+            return sums
+
+        summing = Pending(totals)
+        if not owned:
+            summing.wait()  # its part is done when what it sends has left
+        return {p.name: Pending(lambda name=p.name: summing.wait()[name]) for p in owned}  # type: ignore[misc]
+
+    def _sum_crosses(
+        self, plans: Sequence[MatrixPlan], fresh: Mapping[str, Tensor], states: Mapping[str, MatrixState]
+    ) -> dict[str, Tensor]:
+        """B_oldᵀ B_new (r × r) of every matrix, on every rank: the sum of what the slices of rows contribute."""
+        crosses: dict[str, Tensor] = {}
+        spread = [p for p in plans if p.spread]
+        sums = torch.zeros(
+            sum(p.rank**2 for p in spread), dtype=spread[0].dtype if spread else None, device=self._comm.ranks.device
+        )
+        for plan, part in zip(spread, sums.split([p.rank**2 for p in spread])):
+            crosses[plan.name] = part.view(plan.rank, plan.rank)
+        for plan in plans:
+            new = fresh.get(plan.name)
+            if new is not None:
+                cross = _tensor(states[plan.name], "basis").to(new).mT @ new
+                if plan.spread:
+                    crosses[plan.name].copy_(cross)
+                else:
+                    crosses[plan.name] = cross
+        if spread:
+            self._comm.all_reduce(sums, "overlaps").wait()
+        return crosses
 
     def _tell(self, plans: Sequence[MatrixPlan], drawn: Mapping[str, Basis | None]) -> dict[str, Verdict]:
         """Owners tell every rank what they decided."""
@@ -209,31 +278,13 @@ class Refresher:
         sizes = [[_HEADER + p.rank for p in plans if p.owner == k] for k in everyone]
         arrived = self._comm.exchange(
             [said for _ in everyone], [sum(s) for s in sizes], torch.float64, "refresh verdicts"
-        )
+        ).wait()
         verdicts: dict[str, Verdict] = {}
         for k, values in zip(everyone, arrived):
             owned = [p for p in plans if p.owner == k]
             for plan, packed in zip(owned, values.cpu().split(sizes[k])):
                 verdicts[plan.name] = Verdict.unpack(packed)
         return verdicts
-
-    def _send_bases(
-        self, plans: Sequence[MatrixPlan], drawn: Mapping[str, Basis | None], dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        everyone = range(self._comm.ranks.size)
-        send: list[list[Tensor]] = [[] for _ in everyone]
-        for plan in plans:
-            basis = drawn.get(plan.name)
-            if plan.owner == self._rank and basis is not None:
-                for k in plan.computing:
-                    send[k].append(basis.vectors)
-        coming = [[p for p in plans if p.owner == k and self._rank in p.computing] for k in everyone]
-        arrived = self._comm.exchange(send, [sum(p.short * p.rank for p in c) for c in coming], dtype, "bases")
-        bases: dict[str, Tensor] = {}
-        for parts, values in zip(coming, arrived):
-            for plan, part in zip(parts, values.split([p.short * p.rank for p in parts])):
-                bases[plan.name] = part.view(plan.short, plan.rank)
-        return bases
 
 
 def _int(state: MatrixState, key: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_lowrank.optimizer import LowRankAdamW
-from ds_lowrank.rows import MatrixPlan
-from ds_lowrank.step import work_dtype
+from ds_lowrank.plan import MatrixPlan
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Report:
         projected_numel: weights in projected matrices.
         full_rank: names and shapes of the parameters that are not projected.
         full_rank_numel: weights in them.
-        cut: projected matrices that a boundary between ranks cuts.
+        shared: projected matrices that lie on several ranks.
+        moved: of which rows have to move in every step.
         state_bytes: optimizer state of each rank: moments, bases, and AdamW's moments of the rest.
         adamw_bytes: what full-rank AdamW would hold on each rank under the same sharding.
         gap, selection: as configured.
@@ -37,7 +38,8 @@ class Report:
     projected_numel: int
     full_rank: list[tuple[str, tuple[int, ...]]]
     full_rank_numel: int
-    cut: int
+    shared: int
+    moved: int
     state_bytes: list[int]
     adamw_bytes: list[int]
     gap: int
@@ -90,23 +92,25 @@ def make_report(optimizer: LowRankAdamW) -> Report:
     if not plans:
         raise ValueError("nothing is projected: check optim_target_modules, or train with plain AdamW")
     ranks = layout.ranks.size
-    names = {p.name for p in plans}
-    itemsize = {m.name: work_dtype(m.parameter.dtype).itemsize for m in optimizer.members}
+    names = {p.parameter for p in plans}
     # torch's AdamW keeps moments in the dtype of the weights that it is given.
-    adamw = {m.name: layout.flat_params(m.group)[0].dtype.itemsize for m in optimizer.members}
+    adamw = {m.name: layout.dtype(m.name).itemsize for m in optimizer.members}
+    numel = {m.name: math.prod(m.shape) for m in optimizer.members}
     rest = [m for m in optimizer.members if m.name not in names]
-    low = [sum(_state_numel(p, k) * itemsize[p.name] for p in plans) for k in range(ranks)]
-    held = [sum(_held(p, k) * adamw[p.name] for p in plans) for k in range(ranks)]
-    # The groups of full-rank parameters are cut evenly, whatever they hold.
-    full = -(-sum(2 * m.parameter.numel() * adamw[m.name] for m in rest) // ranks)
+    low = [sum(_state_numel(p, k) * p.dtype.itemsize for p in plans) for k in range(ranks)]
+    held = [sum(_held(p, k) * p.weight_dtype.itemsize for p in plans) for k in range(ranks)]
+    # Full-rank parameters are cut evenly, whatever they are, but for layouts that cut nothing.
+    over = 1 if layout.dealt else len(layout.ranks.mates)
+    full = -(-sum(2 * numel[m.name] * adamw[m.name] for m in rest) // over)
     return Report(
         layout=layout.kind,
         ranks=ranks,
         projected=dict(Counter((*p.shape, p.rank) for p in plans)),
         projected_numel=sum(p.shape[0] * p.shape[1] for p in plans),
         full_rank=[(m.name, m.shape) for m in rest],
-        full_rank_numel=sum(m.parameter.numel() for m in rest),
-        cut=sum(p.cut for p in plans),
+        full_rank_numel=sum(numel[m.name] for m in rest),
+        shared=sum(p.shared for p in plans),
+        moved=sum(p.moves for p in plans),
         state_bytes=[state + full for state in low],
         adamw_bytes=[2 * numel + full for numel in held],
         gap=plans[0].gap,
@@ -138,19 +142,19 @@ def print_report(report: Report, console: Console | None = None, most_names: int
         f"(ratio {ours / adamw:.3f})"
     )
     console.print(
-        f"layout: {report.layout} on {report.ranks} rank{'s' * (report.ranks > 1)}; matrices cut by a boundary between "
-        f"ranks: {report.cut}; weights verified"
+        f"layout: {report.layout} on {report.ranks} rank{'s' * (report.ranks > 1)}; matrices that lie on several "
+        f"ranks: {report.shared}, of which rows move in every step: {report.moved}; weights verified"
     )
 
 
 def _state_numel(plan: MatrixPlan, rank: int) -> int:
     share = plan.shares[rank]
-    return 0 if share is None else (2 * share.rows + plan.short) * plan.rank
+    return 0 if share is None else (2 * share.rows + plan.kept(rank)) * plan.rank
 
 
 def _held(plan: MatrixPlan, rank: int) -> int:
-    piece = plan.pieces[rank]
-    return 0 if piece is None else piece.stop - piece.start
+    part = plan.parts[rank]
+    return 0 if part is None else part.numel
 
 
 def _mib(count: int) -> str:

@@ -1,25 +1,29 @@
-"""One step of the projected matrices of one parameter group: rows in, refresh, direction, lift, updates out."""
+"""One step of projected matrices: rows in, refresh, direction, lift, updates out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_lowrank.comm import Comm
+from ds_lowrank.bases import Bases
+from ds_lowrank.comm import Comm, Pending, done
 from ds_lowrank.layouts.base import Layout
+from ds_lowrank.plan import MatrixPlan, Share
 from ds_lowrank.refresh import MatrixState, Refresher
-from ds_lowrank.rows import MatrixPlan, Rows, Share, view_of
+from ds_lowrank.rows import Blocks, Rows
 from ds_lowrank.rules.adamw import adamw_direction_
 from ds_lowrank.subspace.project import lift_, project
+from ds_lowrank.subspace.schedule import is_due
 from ds_lowrank.subspace.sides import as_rows
 
+# Hyper-parameters of the parameter groups that step now, by the group's index.
+Groups = Mapping[int, Mapping[str, Any]]
 
-def work_dtype(parameter_dtype: torch.dtype) -> torch.dtype:
-    """Dtype of states and products for weights of ``parameter_dtype``: float64 for float64, else float32."""
-    return torch.float64 if parameter_dtype == torch.float64 else torch.float32
+# Numbers that travel together: enough to hide latencies, little beside a model that needs sharding.
+BATCH_NUMBERS = 1 << 24
 
 
 class LowRankStep:
@@ -36,29 +40,31 @@ class LowRankStep:
         self._rank = comm.ranks.rank
         self._device = comm.ranks.device
         self._rows = Rows(comm)
+        self._bases = Bases(comm)
         self._refresher = refresher
+        self._missing: dict[str, Tensor] = {}
 
-    def new_state(self, plan: MatrixPlan, dtype: torch.dtype) -> MatrixState | None:
+    def new_state(self, plan: MatrixPlan) -> MatrixState | None:
         """State of one matrix on this rank, ``None`` where this rank has no part in it.
 
         Keys: ``step`` (steps made; 0 until the first non-zero gradient), ``refreshes``; where rows are computed also
-        ``exp_avg``, ``exp_avg_sq`` (rows × r), ``basis`` (short × r) in ``dtype`` and ``indices`` (r, int32), on the
-        device of the weights. Where a matrix is cut, every rank keeps the two numbers.
+        ``exp_avg``, ``exp_avg_sq`` (rows × r), ``basis`` (kept rows × r) in ``plan.dtype`` and ``indices`` (r,
+        int32), on the device of the weights. Of a shared matrix every rank keeps the two numbers.
         """
         share = plan.shares[self._rank]
-        if share is None and not plan.cut:
+        if share is None and not plan.shared:
             return None
         state: MatrixState = {"step": 0, "refreshes": 0}
         if share is not None:
-            device = self._layout.weight(plan.name).device
-            for key, rows in (("exp_avg", share.rows), ("exp_avg_sq", share.rows), ("basis", plan.short)):
-                state[key] = torch.zeros(rows, plan.rank, dtype=dtype, device=device)
+            rows = {"exp_avg": share.rows, "exp_avg_sq": share.rows, "basis": plan.kept(self._rank)}
+            for key, count in rows.items():
+                state[key] = torch.zeros(count, plan.rank, dtype=plan.dtype, device=self._home(plan))
             state["indices"] = torch.full((plan.rank,), -1, dtype=torch.int32)
         return state
 
-    def fit_state(self, plan: MatrixPlan, state: MatrixState, dtype: torch.dtype) -> str | None:
+    def fit_state(self, plan: MatrixPlan, state: MatrixState) -> str | None:
         """Bring a loaded state of one matrix to the weights' device; returns what does not fit, if anything."""
-        expected = self.new_state(plan, dtype) or {}
+        expected = self.new_state(plan) or {}
         if state.keys() != expected.keys():
             return f"{plan.name} {plan.shape} has {sorted(state)} where this run keeps {sorted(expected)}"
         for key, value in expected.items():
@@ -70,86 +76,117 @@ class LowRankStep:
                 state[key] = found.to(value.device)
         return None
 
-    def run(
-        self,
-        plans: Sequence[MatrixPlan],
-        states: Mapping[str, MatrixState],
-        group: Mapping[str, Any],
-        dtype: torch.dtype,
-    ) -> None:
-        """Step the matrices of one parameter group. Collective when one of them is cut.
+    def run(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState], groups: Groups) -> None:
+        """Step matrices. Collective when one of them is shared.
 
         Args:
-            plans: all projected matrices of the group, in the model's order.
+            plans: all projected matrices that step in this call, in the model's order.
             states: name -> state, see :meth:`new_state`.
-            group: hyper-parameters: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``.
-            dtype: of states and products.
+            groups: their hyper-parameters: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``.
         """
-        # A missing gradient can only be seen where the matrix is whole: sharding frameworks deliver zeros instead.
-        plans = [p for p in plans if p.cut or self._has_gradient(p)]
-        blocks = self._rows.collect(plans, self._gradient, dtype)
-        self._refresher.run(plans, blocks, states, dtype)
-        born = [p for p in plans if p.name in states and states[p.name]["refreshes"]]
+        # On one process a missing gradient means no step, as in torch's optimizers. Where a matrix is shared it counts
+        # as zero, as DeepSpeed delivers it: ranks may differ in what has one, and the collectives must not.
+        plans = [p for p in plans if p.shared or self._has_gradient(p)]
+        due = [p for p in plans if p.name in states and self.is_due(p, states)]
+        waiting = {p.name for p in due}
+        for wave in _waves(due):
+            self.refresh_and_step(wave, states, groups)
+        rest = [p for p in plans if p.name in states and p.name not in waiting]
+        # What is shared is the same on all ranks; what is not differs, and so comes apart from it.
+        for part in ([p for p in rest if p.shared], [p for p in rest if not p.shared]):
+            self._step_in_batches(part, states, groups)
+        self._missing.clear()
+
+    def is_due(self, plan: MatrixPlan, states: Mapping[str, MatrixState]) -> bool:
+        """Whether a matrix refreshes its subspace before its next step."""
+        return is_due(int(states[plan.name]["step"]), plan.phase, plan.gap)
+
+    def refresh_and_step(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState], groups: Groups) -> None:
+        """Refresh a wave of matrices that are due, and step them. Collective when one of them is shared.
+
+        Args:
+            plans: see :meth:`run`; the shared ones are the same on all ranks.
+            states, groups: see :meth:`run`.
+        """
+        for dtype in dict.fromkeys(p.dtype for p in plans):
+            wave = [p for p in plans if p.dtype == dtype]
+            rows = self._rows.collect(wave, self._gradient).wait()
+            self._refresher.run(wave, rows, states)
+            # A matrix whose gradient has always been zero has no basis: no step.
+            born = [p for p in wave if states[p.name]["refreshes"]]
+            stream = self._bases.stream(_shared_first(born), self._kept(born, states))
+            self._step_batch(_shared_first(born), rows, stream, states, groups).wait()
+
+    def _step_in_batches(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState], groups: Groups) -> None:
+        """Step matrices that have a basis; while one batch is computed, the rows of the next are on their way."""
+        plans = [p for p in plans if states[p.name]["refreshes"]]
+        batches = list(_batches(plans))
+        bases = self._bases.stream([p for batch in batches for p in batch], self._kept(plans, states))
+        coming = self._rows.collect(batches[0], self._gradient) if batches else done({})
+        leaving: Pending[None] = done(None)
+        for i, batch in enumerate(batches):
+            rows = coming.wait()
+            if i + 1 < len(batches):
+                coming = self._rows.collect(batches[i + 1], self._gradient)
+            left = leaving
+            leaving = self._step_batch(batch, rows, bases, states, groups)
+            left.wait()
+        leaving.wait()
+
+    def _step_batch(
+        self,
+        plans: Sequence[MatrixPlan],
+        rows: Blocks,
+        bases: Iterator[Tensor | None],
+        states: Mapping[str, MatrixState],
+        groups: Groups,
+    ) -> Pending[None]:
         updates: dict[str, Tensor] = {}
-        for plan in born:
+        for plan, basis in zip(plans, bases):
             state = states[plan.name]
             state["step"] = int(state["step"]) + 1
-            self._step_matrix(plan, state, blocks.pop(plan.name, []), group, updates)
-        self._rows.deliver(plans, updates, self._layout.weight, dtype)
-
-    def _has_gradient(self, plan: MatrixPlan) -> bool:
-        return plan.pieces[self._rank] is not None and self._layout.grad(plan.name) is not None
-
-    def _gradient(self, name: str) -> Tensor:
-        grad = self._layout.grad(name)
-        if grad is None:
-            raise RuntimeError(
-                f"{name} has no gradient in this step but the parameter is cut over ranks: the framework has to "
-                "deliver a gradient (zeros) for every sharded parameter"
-            )
-        return grad
+            if basis is not None:
+                self._step_matrix(plan, state, rows.pop(plan.name), basis, groups[plan.group], updates)
+        return self._rows.deliver(
+            plans,
+            lambda plan: updates[plan.name],
+            self._weight,
+            lambda plan, weights, update: _apply(weights, update, plan.dtype, _keep(groups[plan.group])),
+        )
 
     def _step_matrix(
         self,
         plan: MatrixPlan,
         state: MatrixState,
         blocks: Sequence[Tensor],
+        basis: Tensor,
         group: Mapping[str, Any],
         updates: dict[str, Tensor],
     ) -> None:
-        keep = 1.0 - group["lr"] * group["weight_decay"]
-        piece = plan.pieces[self._rank]
-        if plan.cut and piece is not None and keep != 1.0:
-            # The elements of a cut row lie on several ranks: each decays what it holds, then updates are added.
-            self._layout.weight(plan.name).mul_(keep)
-            keep = 1.0
-        share = plan.shares[self._rank]
-        if share is None:
-            return
-        basis = state["basis"]
-        assert isinstance(basis, Tensor)
-        on_device = basis.to(self._device)
-        direction = self._direction(state, blocks, on_device, group).to(self._device)
+        """Step the rows of A that this rank computes: a view of them in place, buffered ones into ``updates``."""
+        share, part = plan.shares[self._rank], plan.parts[self._rank]
+        assert share is not None
+        direction = self._direction(state, [project(b.to(self._device), basis) for b in blocks], group)
         step_size = group["lr"] * group["scale"]
         whole_rows = share.rows - _buffered_rows(plan, share)
         if share.view is not None:
-            assert piece is not None
-            weights = view_of(self._layout.weight(plan.name), piece, share.view, plan.shape[1])
-            self._lift_view(as_rows(weights, plan.side), direction[:whole_rows], on_device, step_size, keep)
+            assert part is not None
+            weights = as_rows(part.view(self._weight(plan), share.view), plan.side)
+            self._lift_view(weights, direction[:whole_rows], basis, step_size, _keep(group))
         if share.buffer is not None:
-            update = torch.empty(share.buffer.shape, dtype=basis.dtype, device=self._device)
-            lift_(as_rows(update, plan.side), direction[whole_rows:], on_device, step_size, keep=0.0)
+            update = torch.empty(share.buffer.shape, dtype=plan.dtype, device=self._device)
+            lift_(as_rows(update, plan.side), direction[whole_rows:], basis, step_size, keep=0.0)
             updates[plan.name] = update
 
-    def _direction(
-        self, state: MatrixState, blocks: Sequence[Tensor], basis: Tensor, group: Mapping[str, Any]
-    ) -> Tensor:
+    def _direction(self, state: MatrixState, products: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
+        """N from the blocks of R, computed where the moments lie."""
         exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
         assert isinstance(exp_avg, Tensor)
         assert isinstance(exp_avg_sq, Tensor)
-        products = [project(block.to(self._device), basis).to(exp_avg.device) for block in blocks]
-        gradient = products[0] if len(products) == 1 else torch.cat(products)
-        return adamw_direction_(gradient, exp_avg, exp_avg_sq, int(state["step"]), group["betas"], group["eps"])
+        products = [r.to(exp_avg.device) for r in products]
+        gradient = products[0] if len(products) == 1 else torch.cat(list(products))
+        direction = adamw_direction_(gradient, exp_avg, exp_avg_sq, int(state["step"]), group["betas"], group["eps"])
+        return direction.to(self._device)
 
     def _lift_view(self, a: Tensor, direction: Tensor, basis: Tensor, step_size: float, keep: float) -> None:
         if a.device == basis.device:
@@ -158,6 +195,70 @@ class LowRankStep:
             visiting = a.to(basis.device)
             lift_(visiting, direction, basis, step_size, keep)
             a.copy_(visiting)
+
+    def _has_gradient(self, plan: MatrixPlan) -> bool:
+        return plan.parts[self._rank] is not None and self._layout.grad(plan.parameter) is not None
+
+    def _gradient(self, plan: MatrixPlan) -> Tensor:
+        grad = self._layout.grad(plan.parameter)
+        if grad is not None:
+            return grad
+        if plan.parameter not in self._missing:
+            self._missing[plan.parameter] = torch.zeros_like(self._layout.weight(plan.parameter))
+        return self._missing[plan.parameter]
+
+    def _weight(self, plan: MatrixPlan) -> Tensor:
+        return self._layout.weight(plan.parameter)
+
+    def _home(self, plan: MatrixPlan) -> torch.device:
+        """Where states lie: with the weights, which may be offloaded."""
+        held = plan.parameter in self._layout.pieces
+        return self._layout.weight(plan.parameter).device if held else self._device
+
+    def _kept(self, plans: Iterable[MatrixPlan], states: Mapping[str, MatrixState]) -> dict[str, Tensor]:
+        kept = {p.name: states[p.name].get("basis") for p in plans}
+        return {name: basis for name, basis in kept.items() if isinstance(basis, Tensor)}
+
+
+def _waves(plans: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
+    """Due matrices in portions that are refreshed side by side: at a first step everything is due."""
+    portions: dict[tuple[int, int], list[MatrixPlan]] = {}
+    for plan in plans:
+        portions.setdefault((plan.wave, plan.gap), []).append(plan)
+    return [portions[key] for key in sorted(portions)]
+
+
+def _batches(plans: Sequence[MatrixPlan]) -> Iterator[list[MatrixPlan]]:
+    """Consecutive matrices of one dtype whose rows travel together."""
+    batch: list[MatrixPlan] = []
+    numbers = 0
+    for plan in plans:
+        travelling = plan.shape[0] * plan.shape[1] // (1 if plan.dealt else len(plan.parts))
+        cost = travelling if plan.moves or plan.dealt else 0
+        if batch and (numbers + cost > BATCH_NUMBERS or plan.dtype != batch[0].dtype):
+            yield batch
+            batch, numbers = [], 0
+        batch.append(plan)
+        numbers += cost
+    if batch:
+        yield batch
+
+
+def _shared_first(plans: Sequence[MatrixPlan]) -> list[MatrixPlan]:
+    """What is shared is the same on all ranks only if it does not alternate with what is not."""
+    return [p for p in plans if p.shared] + [p for p in plans if not p.shared]
+
+
+def _keep(group: Mapping[str, Any]) -> float:
+    return 1.0 - group["lr"] * group["weight_decay"]
+
+
+def _apply(weights: Tensor, update: Tensor, dtype: torch.dtype, keep: float) -> None:
+    """W ← keep · W + update, rounded once, as ``lift_`` does where rows lie."""
+    if weights.dtype == dtype:
+        weights.mul_(keep).add_(update.to(weights.device)) if keep != 1.0 else weights.add_(update.to(weights.device))
+    else:
+        weights.copy_(weights.to(dtype).mul_(keep).add_(update.to(weights.device)))
 
 
 def _buffered_rows(plan: MatrixPlan, share: Share) -> int:

@@ -97,6 +97,7 @@ def build_optimizer(
         seed=config.seed,
         stagger=config.stagger,
         wave_size=config.wave_size,
+        shard_projection=config.shard_projection,
         gram_dtype=config.gram_dtype,
     )
 
@@ -184,8 +185,10 @@ def _check_version(installed: str) -> tuple[int, ...]:
 
 def _check_stage(zero: Mapping[str, Any], content: Mapping[str, Any], release: tuple[int, ...]) -> None:
     stage = zero.get("stage", 0)
-    if stage not in (1, 2):
-        raise ValueError(f"zero_optimization.stage = {stage!r} is not supported yet: set it to 1 or 2")
+    if stage not in (1, 2, 3):
+        raise ValueError(f"zero_optimization.stage = {stage!r} is not supported: set it to 1, 2 or 3")
+    if zero.get("mics_shard_size", -1) not in (-1, 0):
+        raise ValueError("zero_optimization.mics_shard_size is not supported: leave it out, or use FSDP2 on a 2-D mesh")
     accumulation = (content.get("data_types") or {}).get("grad_accum_dtype")
     bf16 = (content.get("bf16") or {}).get("enabled") is True
     first, last = _NO_BF16_OPTIMIZER
@@ -199,6 +202,13 @@ def _check_stage(zero: Mapping[str, Any], content: Mapping[str, Any], release: t
 def _check_offload(zero: Mapping[str, Any], content: Mapping[str, Any]) -> None:
     offload = zero.get("offload_optimizer")
     device = offload.get("device", "none") if isinstance(offload, Mapping) else "none"
+    if isinstance(offload, Mapping) and offload.get("ratio", 1.0) != 1.0:
+        raise ValueError(
+            "offload_optimizer.ratio < 1 is not supported: DeepSpeed steps the rest with an AdamW of its own. Remove it"
+        )
+    parameters = zero.get("offload_param")
+    if isinstance(parameters, Mapping) and parameters.get("device") == "nvme":
+        raise ValueError('zero_optimization.offload_param.device = "nvme" is not supported: use "cpu"')
     if device == "nvme":
         raise ValueError('zero_optimization.offload_optimizer.device = "nvme" is not supported: use "cpu"')
     if device != "none" and content.get("zero_force_ds_cpu_optimizer", True) is not False:

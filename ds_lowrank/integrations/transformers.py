@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.integrations.deepspeed import build_optimizer, check_deepspeed_config
+from ds_lowrank.integrations.fsdp import check_fsdp_config
 from ds_lowrank.optimizer import LowRankAdamW, construction_checks
 from ds_lowrank.report import describe, unwrap
 
@@ -27,15 +28,15 @@ def trainer_optimizer(
 
     Args:
         config: the options, as a configuration or as a mapping of its fields; they stand instead of a ``"lowrank"``
-            block, which is then not read. ``None`` reads the block of the DeepSpeed JSON that the Trainer was given,
-            or takes the defaults without one.
+            block, which is then not read. ``None`` reads the block of the DeepSpeed JSON or of the ``fsdp_config``
+            that the Trainer was given, or takes the defaults without one.
         args: the ``TrainingArguments``. ``None`` takes those of the Trainer that builds the optimizer.
 
     Learning rate, weight decay, betas and eps come from the ``TrainingArguments`` unless the configuration sets them.
 
     Raises:
-        ValueError: an option is unknown or out of range. What depends on the model or on DeepSpeed is checked when
-            the Trainer builds the optimizer, before the first step.
+        ValueError: an option is unknown or out of range. What depends on the model, on DeepSpeed or on FSDP is
+            checked when the Trainer builds the optimizer, before the first step.
     """
     if config is not None and not isinstance(config, LowRankConfig):
         config = LowRankConfig.from_dict(config)
@@ -54,17 +55,17 @@ class _Factory:
         return factory(_calling_trainer().model, **kwargs) if groups else factory
 
     def __call__(self, model: nn.Module, config: LowRankConfig | None, args: Any) -> LowRankAdamW:
+        trainer = _find_calling_trainer()
         if args is None:
             args = _calling_trainer().args
-        deepspeed_config = _deepspeed_config(args)
+        deepspeed_config, fsdp_config = _deepspeed_config(args), getattr(args, "fsdp_config", None)
         if deepspeed_config is not None:
             check_deepspeed_config(deepspeed_config)
             config = config or LowRankConfig.from_deepspeed(deepspeed_config)
-        elif torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError(
-                f"{torch.distributed.get_world_size()} ranks without DeepSpeed are not supported yet: pass "
-                "--deepspeed with a ZeRO-1 or ZeRO-2 configuration, or use one process"
-            )
+        elif args.fsdp and fsdp_config:
+            config = config or LowRankConfig.from_deepspeed(check_fsdp_config(fsdp_config))
+        if trainer is not None:
+            check_trainer(trainer)
         adamw: dict[str, Any] = {
             "lr": args.learning_rate,
             "betas": (args.adam_beta1, args.adam_beta2),
@@ -73,6 +74,46 @@ class _Factory:
         }
         with _built_by_trainer():
             return build_optimizer(model, config, **adamw)
+
+
+def wants_fsdp(args: Any) -> bool:
+    """Whether these ``TrainingArguments``, or ``accelerate launch``, ask for FSDP."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def check_trainer(trainer: Any, checkpoints: bool = True) -> None:
+    """Refuse what a Trainer was told and does not do, and what it does and cannot be undone. No communication.
+
+    Args:
+        trainer: a ``Trainer``, constructed and not yet training.
+        checkpoints: whether to refuse checkpoints that could not be resumed from exactly.
+
+    Raises:
+        ValueError: accelerate dropped DeepSpeed or FSDP, the run has FSDP1, or it would write checkpoints in which
+            the states of one rank stand for all.
+    """
+    args, chosen = trainer.args, str(trainer.accelerator.distributed_type)
+    if _deepspeed_config(args) is not None and not trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"DeepSpeed was asked for, but accelerate chose {chosen}: accelerate launch --cpu drops DeepSpeed. Start "
+            "the script with `deepspeed` or torchrun"
+        )
+    if wants_fsdp(args) and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"FSDP was asked for, but accelerate chose {chosen}: on a CPU it never selects FSDP, and the run would be "
+            "plain data parallel. Use GPUs, or ask for DDP (leave fsdp and fsdp_config out) or DeepSpeed"
+        )
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError(
+            'FSDP1 flattens parameters across matrices and is not supported: set "version": 2 in fsdp_config '
+            "(accelerate launch: --fsdp_version 2)"
+        )
+    saves = args.save_strategy != "no" and not args.save_only_model
+    if checkpoints and saves and not trainer.is_deepspeed_enabled and (trainer.is_fsdp_enabled or args.world_size > 1):
+        raise ValueError(
+            "checkpoints under FSDP2 and DDP are not built yet: every rank has low-rank states of its own, and the "
+            'Trainer would save one rank\'s. Set save_strategy to "no", save_only_model, or use DeepSpeed'
+        )
 
 
 class LowRankCallback(TrainerCallback):
@@ -114,8 +155,8 @@ def metrics(optimizer: Any) -> dict[str, float]:
     return found
 
 
-def _calling_trainer() -> Any:
-    """The Trainer that is building the optimizer.
+def _find_calling_trainer() -> Any:
+    """The Trainer that is building the optimizer, or ``None``.
 
     It hands a factory the model and nothing else, so it is looked up among the frames that called.
     """
@@ -125,15 +166,24 @@ def _calling_trainer() -> Any:
         if hasattr(getattr(owner, "args", None), "learning_rate") and hasattr(owner, "model"):
             return owner
         frame = frame.f_back  # type: ignore[assignment]
-    raise ValueError(
-        "the TrainingArguments cannot be found from here: pass them, "
-        "ds_lowrank.trainer_optimizer(config, args=training_args)"
-    )
+    return None
+
+
+def _calling_trainer() -> Any:
+    trainer = _find_calling_trainer()
+    if trainer is None:
+        raise ValueError(
+            "the TrainingArguments cannot be found from here: pass them, "
+            "ds_lowrank.trainer_optimizer(config, args=training_args)"
+        )
+    return trainer
 
 
 def _deepspeed_config(args: Any) -> dict[str, Any] | None:
     """DeepSpeed configuration of these arguments; transformers' global one may be another Trainer's."""
     wrapped = getattr(args, "hf_deepspeed_config", None)
+    if wrapped is None:  # what accelerate launch brings
+        wrapped = getattr(getattr(args, "deepspeed_plugin", None), "hf_ds_config", None)
     return None if wrapped is None else wrapped.config
 
 

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
 from ds_lowrank.layouts.base import Group, Layout, LayoutError, Member, Piece, Ranks
-from ds_lowrank.layouts.local import LocalLayout
+from ds_lowrank.layouts.ddp import ReplicatedLayout
+from ds_lowrank.layouts.fsdp import Fsdp2Layout, is_fsdp2, local_tensors, long_side_placement
 from ds_lowrank.layouts.zero import ZeroLayout, is_zero12
+from ds_lowrank.layouts.zero3 import Zero3Layout, check_partitioned, is_zero3
 
-__all__ = ["Group", "Layout", "LayoutError", "Member", "Piece", "Ranks", "find_layout"]
+__all__ = [
+    "Group",
+    "Layout",
+    "LayoutError",
+    "Member",
+    "Piece",
+    "Ranks",
+    "find_layout",
+    "local_tensors",
+    "long_side_placement",
+    "whole_shape",
+]
 
 
-def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> Layout:
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of a parameter that a framework may have partitioned already: ``zero.Init`` leaves it empty."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> tuple[Layout, list[Member]]:
     """Find out how the model is sharded now.
 
     Args:
-        members: the parameters that the optimizer was built with.
+        members: the parameters that the optimizer was built with, group by group.
         groups: all its parameter groups as they are now.
+
+    Returns:
+        The layout, and the members with the parameters that are in the groups now.
 
     Raises:
         LayoutError: the sharding is not supported; the text says what is.
@@ -26,23 +48,27 @@ def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> Layout:
     for m in members:
         if not m.parameter.requires_grad:
             raise LayoutError(f"{m.name} {m.shape} was frozen after the optimizer was built: build it after freezing")
-    held = {id(p) for g in groups for p in g["params"]}
-    replaced = not all(id(m.parameter) in held for m in members)
+    if is_zero3(members):
+        return Zero3Layout(members), list(members)
+    check_partitioned(members)
+    held = [(index, p) for index, group in enumerate(groups) for p in group["params"]]
+    replaced = [id(p) for _, p in held] != [id(m.parameter) for m in members]
     if replaced and is_zero12(members):
-        return ZeroLayout(members, groups)
-    if any(hasattr(m.parameter, "ds_id") for m in members):
-        raise LayoutError("ZeRO stage 3 is not supported yet: use stage 1 or 2")
-    if any(type(m.parameter).__name__ == "DTensor" or hasattr(m.parameter, "device_mesh") for m in members):
-        raise LayoutError("FSDP2 (DTensor) parameters are not supported yet: use DeepSpeed ZeRO-1 or 2")
+        return ZeroLayout(members, groups), list(members)
+    if replaced and [index for index, _ in held] == [m.group for m in members]:
+        # accelerate shards a model after its optimizer was built and puts the new parameters into their places.
+        members = [dataclasses.replace(m, parameter=p) for m, (_, p) in zip(members, held)]
+        replaced = any(whole_shape(m.parameter) != m.shape for m in members)
+    if any(type(p).__name__ == "FlatParameter" for p in [m.parameter for m in members] + [p for _, p in held]):
+        raise LayoutError(
+            "FSDP1 flattens parameters across matrices and is not supported: use FSDP2 (fully_shard; in the HF Trainer "
+            "and accelerate fsdp_version 2)"
+        )
     if replaced:
         raise LayoutError(
-            "the optimizer's parameters were replaced by something that is neither ZeRO-1 nor ZeRO-2: this DeepSpeed "
-            "stage, precision or wrapper is not supported (stage 0 in fp16 or bf16 is such a case)"
+            "the optimizer's parameters were replaced by something that is none of ZeRO-1, 2, 3 and FSDP2: this "
+            "DeepSpeed stage, precision or wrapper is not supported (stage 0 in fp16 or bf16 is such a case)"
         )
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise LayoutError(
-            f"{dist.get_world_size()} ranks without sharding (DDP, ZeRO stage 0) are not supported yet: use DeepSpeed "
-            "ZeRO-1 or 2, or one process"
-        )
-    return LocalLayout(members, groups)
+    if is_fsdp2(members):
+        return Fsdp2Layout(members), list(members)
+    return ReplicatedLayout(members), list(members)

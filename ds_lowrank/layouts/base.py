@@ -1,8 +1,7 @@
-"""What a layout says: which flat pieces of which parameters this rank holds, and where they lie.
+"""What a layout says: which pieces of which parameters this rank holds, and where they lie.
 
-A layout knows one framework and no mathematics. Everything above it sees pieces: runs of elements of a parameter in
-row-major order, with a 1-D view of the weights and one of the gradient. Nothing above assumes that the weights are a
-slice of an fp32 master copy.
+A layout knows one framework and no mathematics. Everything above it sees pieces: parts of a parameter, with a 1-D view
+of the weights and one of the gradient. Nothing above assumes that the weights are a slice of an fp32 master copy.
 """
 
 from __future__ import annotations
@@ -23,20 +22,27 @@ class LayoutError(RuntimeError):
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements ``[start, stop)`` of a row-major flattened parameter, held by this rank."""
+    """What this rank holds of a parameter, in 1-D memory.
+
+    Attributes:
+        start, stop: without ``dim``, elements [start, stop) of the row-major flattened parameter; with it, the slice
+            [start, stop) of that dimension, stored contiguously.
+        dim: 1 or more; a slice of dimension 0 is a run of elements.
+    """
 
     start: int
     stop: int
+    dim: int | None = None
 
 
 @dataclass(frozen=True)
 class Member:
-    """One parameter of the optimizer as the user gave it, before any sharding.
+    """One parameter of the optimizer as the user gave it.
 
     Attributes:
         name: unique name.
-        parameter: the model's own parameter object.
-        shape: its shape at construction.
+        parameter: the model's own parameter object; replaced where a framework has swapped it for a sharded one.
+        shape: its whole shape.
         group: index of its parameter group.
     """
 
@@ -48,19 +54,34 @@ class Member:
 
 @dataclass
 class Ranks:
-    """The data-parallel ranks over which a model is sharded.
+    """The ranks that train one model on different data.
 
     Attributes:
-        process_group: ``None`` for one process.
+        process_group: of all of them; ``None`` for one process or the default group.
         rank: this rank in the group.
         size: number of ranks in the group.
         device: where collectives and products run.
+        copy_group: process group of the ranks over which one copy of the model is sharded, in the order of their
+            ranks; the same as ``process_group`` unless the model is replicated as well (HSDP).
+        copy: for every rank, which copy of the model it holds a part of; all zero without replication.
     """
 
     process_group: Any = None
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    copy_group: Any = None
+    copy: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.copy:
+            self.copy = (0,) * self.size
+            self.copy_group = self.process_group
+
+    @property
+    def mates(self) -> list[int]:
+        """The ranks that share this rank's copy of the model, itself included, ascending."""
+        return [k for k in range(self.size) if self.copy[k] == self.copy[self.rank]]
 
 
 class Layout(Protocol):
@@ -70,10 +91,12 @@ class Layout(Protocol):
         kind: name for humans, e.g. ``"ZeRO-2"``.
         ranks: who shares the model.
         pieces: parameter name -> the piece this rank holds; parameters of which it holds nothing are absent.
+        dealt: every rank holds every parameter whole, and the rows of matrices are to be dealt out over the ranks.
     """
 
     kind: str
     ranks: Ranks
+    dealt: bool
 
     @property
     def pieces(self) -> Mapping[str, Piece]:
@@ -88,10 +111,67 @@ class Layout(Protocol):
         """1-D view of the gradient of this rank's piece, or ``None`` where the framework gave none."""
         ...
 
-    def flat_params(self, group: int) -> list[Tensor]:
-        """The tensors that the framework put into parameter group ``group``."""
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of the weights that the optimizer is given for a parameter; the same on all ranks."""
+        ...
+
+    def unit(self, name: str) -> int:
+        """Parameters with the same number step in the same call of ``step()``."""
+        ...
+
+    def names_in(self, tensor: Tensor) -> list[str]:
+        """Parameters of which elements lie, on some rank, in a tensor of the optimizer's groups.
+
+        Raises:
+            LayoutError: the tensor is none that was there when the layout was found.
+        """
         ...
 
     def mismatch(self) -> str | None:
         """``None`` if every piece's weights equal the model's own, else what differs. No communication."""
         ...
+
+    def checksums(self, what: str) -> Any:
+        """Something that must be equal on all ranks: of the ``"weights"``, or at the first step the ``"gradients"``.
+
+        ``None`` where the layout makes no such promise.
+        """
+        ...
+
+
+class Tensors:
+    """Which parameters lie in which tensors of the optimizer's groups."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, list[str]] = {}
+
+    def add(self, tensor: Tensor, name: str) -> None:
+        """Note that elements of ``name`` lie in ``tensor``."""
+        self._names.setdefault(id(tensor), []).append(name)
+
+    def names_in(self, tensor: Tensor) -> list[str]:
+        """See :meth:`Layout.names_in`."""
+        if id(tensor) not in self._names:
+            raise LayoutError(
+                f"a parameter of shape {tuple(tensor.shape)} was put into the optimizer after the layout was found "
+                "(the first step): prepare model and optimizer first"
+            )
+        return self._names[id(tensor)]
+
+
+def same_device(members: Mapping[str, Tensor]) -> torch.device:
+    """The one device of some tensors.
+
+    Raises:
+        LayoutError: there are several, or it is the meta device.
+    """
+    devices = {t.device for t in members.values()}
+    if len(devices) != 1:
+        raise LayoutError(f"the parameters lie on several devices ({', '.join(map(str, devices))}): use one device")
+    device = devices.pop()
+    if device.type == "meta":
+        raise LayoutError(
+            "the parameters are on the meta device: materialise them first (model.to_empty(device=...), then their "
+            "initialisation)"
+        )
+    return device

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lowrank.layouts.base import Group, LayoutError, Member, Piece, Ranks
+from ds_lowrank.layouts.base import Group, LayoutError, Member, Piece, Ranks, Tensors
 
 
 def is_zero12(members: Sequence[Member]) -> bool:
@@ -27,16 +27,19 @@ class ZeroLayout:
     """Pieces of parameters in the flat partitions of DeepSpeed's stages 1 and 2."""
 
     kind = "ZeRO-1/2"
+    dealt = False
 
     def __init__(self, members: Sequence[Member], groups: Sequence[Group]):
         self._flats: list[Tensor] = [_only_partition(g) for g in groups]
         self._fragments: dict[str, tuple[Tensor, int, int]] = {}
         self._members = {m.name: m for m in members}
+        self._tensors = Tensors()
         self.pieces: dict[str, Piece] = {}
         # Told by mismatch(), which all ranks exchange: an error raised here on one rank would leave the others hanging.
         self._problem: str | None = None
         for m in members:
-            self._problem = self._problem or _parallelism(m)
+            self._tensors.add(self._flats[m.group], m.name)
+            self._problem = self._problem or parallelism(m)
             mapping = getattr(m.parameter, "_hp_mapping", None)
             if mapping is None:  # this rank holds nothing of it
                 continue
@@ -51,7 +54,7 @@ class ZeroLayout:
                 continue
             self._fragments[m.name] = (flat, address.start, address.numel)
             self.pieces[m.name] = Piece(source.start, source.start + source.numel)
-        self.ranks = _ranks(members)
+        self.ranks = data_parallel_ranks(members)
 
     def weight(self, name: str) -> Tensor:  # noqa: D102
         flat, start, numel = self._fragments[name]
@@ -61,8 +64,14 @@ class ZeroLayout:
         flat, start, numel = self._fragments[name]
         return None if flat.grad is None else flat.grad.narrow(0, start, numel)
 
-    def flat_params(self, group: int) -> list[Tensor]:  # noqa: D102
-        return [self._flats[group]]
+    def dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        return self._flats[self._members[name].group].dtype
+
+    def unit(self, name: str) -> int:  # noqa: D102
+        return self._members[name].group
+
+    def names_in(self, tensor: Tensor) -> list[str]:  # noqa: D102
+        return self._tensors.names_in(tensor)
 
     def mismatch(self) -> str | None:  # noqa: D102
         if self._problem:
@@ -77,6 +86,9 @@ class ZeroLayout:
                 )
         return None
 
+    def checksums(self, what: str) -> Any:  # noqa: D102
+        return None
+
 
 def _only_partition(group: Group) -> Tensor:
     params = group["params"]
@@ -88,7 +100,7 @@ def _only_partition(group: Group) -> Tensor:
     return params[0]
 
 
-def _parallelism(member: Member) -> str | None:
+def parallelism(member: Member) -> str | None:
     """What is wrong with a parameter that another parallelism than data parallelism owns."""
     parameter: Any = member.parameter
     for attribute, value, what in (
@@ -98,19 +110,25 @@ def _parallelism(member: Member) -> str | None:
     ):
         if getattr(parameter, attribute, not value) == value:
             return (
-                f"{member.name} {member.shape} is {what}: ds_lowrank supports data parallelism under ZeRO-1/2 only. "
+                f"{member.name} {member.shape} is {what}: ds_lowrank supports data parallelism under ZeRO only. "
                 "Turn that parallelism off, or train with another optimizer"
             )
     return None
 
 
-def _ranks(members: Sequence[Member]) -> Ranks:
+def data_parallel_ranks(members: Sequence[Member], process_group: Any = None) -> Ranks:
+    """The ranks that DeepSpeed shards over: of ``process_group``, else of the group linked to the parameters.
+
+    Raises:
+        LayoutError: they are not all ranks.
+    """
     dist = torch.distributed
-    process_group = next(m.parameter._dp_group for m in members if hasattr(m.parameter, "_dp_group"))
+    if process_group is None:
+        process_group = next(m.parameter._dp_group for m in members if hasattr(m.parameter, "_dp_group"))
     size = dist.get_world_size(process_group)
     if size != dist.get_world_size():
         raise LayoutError(
             f"the data-parallel group has {size} of {dist.get_world_size()} ranks: tensor, pipeline and expert "
-            "parallelism are not supported beside ZeRO-1/2"
+            "parallelism are not supported beside ZeRO"
         )
     return Ranks(process_group, dist.get_rank(process_group), size, members[0].parameter.device)

@@ -74,18 +74,27 @@ def draw_basis(
     return Basis(kept, indices.to(torch.int32), captured)
 
 
-def overlap(old: Tensor, new: Tensor) -> float:
-    """‖B_oldᵀ B_new‖_F² / r in [0, 1]: 1 for the same subspace, about r/short for unrelated ones (SARA, 2502.05790)."""
-    return float((old.mT @ new).square().sum() / new.shape[1])
+def overlap(cross: Tensor) -> float:
+    """‖B_oldᵀ B_new‖_F² / r in [0, 1]: 1 for the same subspace, about r/short for unrelated ones (SARA, 2502.05790).
+
+    Args:
+        cross: B_oldᵀ B_new, r × r; the sum over slices of rows of both.
+    """
+    return float(cross.square().sum() / cross.shape[1])
 
 
-def carry_moments_(exp_avg: Tensor, old: Tensor, new: Tensor, policy: str) -> None:
-    """What becomes of the first moment (rows × r) when the basis changes from ``old`` to ``new`` (short × r each).
+def carry_moments_(exp_avg: Tensor, cross: Tensor, policy: str) -> None:
+    """What becomes of the first moment (rows × r) when the basis changes.
 
     ``keep`` leaves it as it is (GaLore's code, SARA); ``project`` re-expresses it, M ← M B_oldᵀ B_new, the second
     moment kept (GoLore, arXiv 2410.11289). The step counter is never reset.
+
+    Args:
+        exp_avg: M, rows × r.
+        cross: B_oldᵀ B_new, r × r.
+        policy: one of ``MOMENT_POLICIES``.
     """
     if policy == "project":
-        exp_avg.copy_(exp_avg @ (old.mT @ new))
+        exp_avg.copy_(exp_avg @ cross)
     elif policy != "keep":
         raise ValueError(f"moments {policy!r} is unknown: use one of {', '.join(MOMENT_POLICIES)}")

@@ -18,8 +18,14 @@ def phases(matrices: int, gap: int, wave_size: int, stagger: bool) -> list[int]:
     """
     if not stagger or matrices == 0:
         return [0] * matrices
-    waves = -(-matrices // wave_size)
-    return [(j % waves) * gap // waves for j in range(matrices)]
+    count = -(-matrices // wave_size)
+    return [wave * gap // count for wave in waves(matrices, wave_size)]
+
+
+def waves(matrices: int, wave_size: int) -> list[int]:
+    """Wave of every matrix: j mod W. It bounds what is refreshed at once also where all phases are 0."""
+    count = max(1, -(-matrices // wave_size))
+    return [j % count for j in range(matrices)]
 
 
 def is_due(step: int, phase: int, gap: int) -> bool:
@@ -27,19 +33,22 @@ def is_due(step: int, phase: int, gap: int) -> bool:
     return step == 0 or (step - phase) % gap == 0
 
 
-def deal_owners(costs: Sequence[float], candidates: Sequence[Sequence[int]]) -> list[int]:
+def deal_owners(costs: Sequence[float], candidates: Sequence[Sequence[int]], ranks: int, first: int = 0) -> list[int]:
     """Deal the decompositions of one wave to the ranks that may do them, the costliest first, to the least loaded.
 
     Args:
         costs: cost of each decomposition (short³).
         candidates: for each, the ranks that hold rows of the matrix; not empty.
+        ranks: how many there are.
+        first: the rank with which ties begin; another one a wave, so that neighbours in the model, which are in
+            different waves but become ready together in a backward pass, have different owners.
 
     Returns:
-        The owner of each. Ties go to the lower rank: every rank computes the same deal from the same plan.
+        The owner of each: every rank computes the same deal from the same plan.
     """
     load: dict[int, float] = {}
     owners = [0] * len(costs)
     for j in sorted(range(len(costs)), key=lambda j: (-costs[j], j)):
-        owners[j] = min(candidates[j], key=lambda rank: (load.get(rank, 0.0), rank))
+        owners[j] = min(candidates[j], key=lambda rank: (load.get(rank, 0.0), (rank - first) % ranks))
         load[owners[j]] = load.get(owners[j], 0.0) + costs[j]
     return owners

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-1/2 on 1-4 gloo ranks: the applied update against the one-process reference."""
+"""DeepSpeed on gloo ranks: what is particular to it, beside the layouts that test_layouts.py compares."""
 
 from __future__ import annotations
 
@@ -10,50 +10,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Case, build_model, deepspeed_config, run_case
-from equivalence import BF16_OPTIMIZER, OFFLOAD, OVERLAP, PLAIN_COMM
+from cases import Case, build_model, run_case
+from equivalence import BF16_OPTIMIZER, OVERLAP, PLAIN_COMM
+from harness import deepspeed_config, start
 from rank_pool import RankError
 
 import ds_lowrank
 from ds_lowrank.optimizer import STATE_KEY
 
-EVERY_WORLD = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-THIN = {"shapes": "thin", "rank": 2}
 
-
-def check(pools, ranks: int, case: Case, tolerance: float = 1e-5, cut: bool = True) -> dict:
+def check(pools, ranks: int, case: Case, tolerance: float = 1e-5) -> dict:
     results = pools(ranks).run(run_case, case, with_free=False)
     assert results[0]["deviation"] < tolerance
-    assert all(r["ranks_equal"] for r in results)
-    assert all(r["model_equal"] for r in results)
-    assert (results[0]["cut"] > 0) == (cut and ranks > 1)
+    assert all(r["ranks_equal"] and r["model_equal"] for r in results)
     return results[0]
-
-
-@EVERY_WORLD
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({"stage": 1, "selection": "dominant", "moments": "project"}, id="zero1-dominant-project"),
-        pytest.param({"stage": 2}, id="zero2-importance-keep"),
-        pytest.param({"stage": 2, **THIN}, id="zero2-fewer-rows-than-ranks"),
-    ],
-)
-def test_the_update_is_the_references(pools, ranks, dtype, settings):
-    result = check(pools, ranks, Case(dtype=dtype, **settings))
-    assert result["refreshes"] >= 3
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"stage": 1, "dtype": "bf16", **BF16_OPTIMIZER}, id="bf16-optimizer"),
-        pytest.param({"stage": 2, "dtype": "bf16", **OFFLOAD}, id="zero2-offload"),
-        pytest.param({"stage": 1, **OFFLOAD}, id="zero1-offload"),
-        pytest.param({"stage": 2, "dtype": "bf16", **PLAIN_COMM}, id="scattered-gradients"),
-        pytest.param({"stage": 2, "dtype": "bf16", **OVERLAP}, id="overlap"),
+        pytest.param({"layout": "zero1", "dtype": "bf16", **BF16_OPTIMIZER}, id="bf16-optimizer"),
+        pytest.param({"dtype": "bf16", "offload": True}, id="zero2-offload"),
+        pytest.param({"layout": "zero1", "offload": True}, id="zero1-offload"),
+        pytest.param({"dtype": "bf16", **PLAIN_COMM}, id="scattered-gradients"),
+        pytest.param({"dtype": "bf16", **OVERLAP}, id="overlap"),
+        pytest.param({"shard_projection": False, "moments": "project"}, id="whole-bases"),
         pytest.param({"selection": "random", "moments": "project"}, id="random"),
         pytest.param({"selection": "uniform", "proj_type": "reverse_std"}, id="reverse-side"),
         pytest.param({"accumulation": 1, "clip": 0.0, "weight_decay": 0.0}, id="no-accumulation-clip-decay"),
@@ -63,46 +45,15 @@ def test_the_update_is_the_references(pools, ranks, dtype, settings):
 )
 def test_variants(pools, ranks, settings):
     # A random basis leaves more entries of R near zero, where Adam's quotient amplifies the rounding of fp32.
-    check(pools, ranks, Case(**settings), tolerance=2e-5 if settings.get("selection") == "random" else 1e-5)
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_llama_sized_matrices(pools, ranks):
-    """1376×512 and 512×1376, cut mid-row: a boundary row moves for the tall, an all-to-all for the wide one."""
-    check(pools, ranks, Case(shapes="real", layers=1, rank=32, steps=5, accumulation=1))
+    result = check(pools, ranks, Case(**settings), tolerance=2e-5 if settings.get("selection") == "random" else 1e-5)
+    assert result["shared"] > 0
 
 
 def test_nothing_is_cut_or_sent_when_layers_divide_by_ranks(pools):
     for ranks, layers in ((2, 4), (3, 3), (4, 4)):
-        result = check(pools, ranks, Case(shapes="even", layers=layers), cut=False)
+        result = check(pools, ranks, Case(shapes="even", layers=layers))
+        assert result["shared"] == 0
         assert sum(result["sent"].values()) == 0
-
-
-def test_traffic_of_a_cut_wide_matrix(pools):
-    """Columns a rank does not hold come in and their updates go out: half of W each way on two even ranks."""
-    m, n, rank = 6, 20, 3
-    case = Case(rank=rank, steps=1, accumulation=1, zero={})
-    sent = pools(2).run(_wide_traffic, case, m, n)
-    for one in sent:
-        assert one["gradient rows"] == one["updates"] == m * n // 4 * 4  # numbers, 4 bytes each
-    owner, other = sorted(sent, key=lambda s: -s["bases"])
-    assert other["Gram matrices"] == m * m * 8
-    assert owner["bases"] == m * rank * 4
-    assert owner["Gram matrices"] == other["bases"] == 0
-
-
-def _wide_traffic(case: Case, m: int, n: int) -> dict[str, int]:
-    import deepspeed
-
-    model = torch.nn.Linear(n, m, bias=False)
-    torch.nn.init.ones_(model.weight)
-    config = {**deepspeed_config(case), "train_micro_batch_size_per_gpu": 1}
-    optimizer = ds_lowrank.deepspeed_optimizer(model, config)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    engine.backward(engine(torch.randn(30, n)).square().mean())
-    engine.step()
-    engine.destroy()
-    return dict(optimizer.comm.sent_bytes)
 
 
 def test_the_same_run_twice_is_bitwise_the_same(pools):
@@ -124,10 +75,11 @@ def _fingerprint(case: Case) -> str:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"stage": 1}, id="zero1"),
-        pytest.param({"stage": 2}, id="zero2"),
-        pytest.param({"stage": 1, **BF16_OPTIMIZER}, id="bf16-optimizer"),
-        pytest.param({"stage": 2, **OFFLOAD}, id="zero2-offload"),
+        pytest.param({"layout": "zero1"}, id="zero1"),
+        pytest.param({"layout": "zero2"}, id="zero2"),
+        pytest.param({"layout": "zero1", **BF16_OPTIMIZER}, id="bf16-optimizer"),
+        pytest.param({"offload": True}, id="zero2-offload"),
+        pytest.param({"layout": "zero3"}, id="zero3"),
     ],
 )
 def test_deepspeeds_own_checkpoint_resumes_bitwise(pools, settings):
@@ -159,7 +111,7 @@ def _save_and_resume(case: Case, folder: str) -> tuple[str, str]:
 
 def test_round_robin_gradients_are_found_out_on_every_rank(pools):
     """They link fragments to the wrong elements; the layout compares each with the model's weights first."""
-    answers = pools(3).run(_layout_error, Case(stage=2, zero={"round_robin_gradients": True}), None)
+    answers = pools(3).run(_layout_error, Case(zero={"round_robin_gradients": True}), None)
     for text in answers:
         assert "does not hold its weights" in text
         assert "round_robin_gradients" in text
@@ -177,16 +129,6 @@ def test_an_expert_parameter_on_one_rank_is_refused_by_name_on_all(pools):
         assert "MoE" in text
 
 
-def test_stage_3_is_refused(pools):
-    for text in pools(2).run(_layout_error, Case(stage=3), None):
-        assert "stage 3 is not supported yet" in text
-
-
-def test_ranks_without_sharding_are_refused(pools):
-    for text in pools(2).run(_layout_error, Case(), {"no_engine": True}):
-        assert "2 ranks without sharding" in text
-
-
 def _layout_error(case: Case, trouble: dict | None) -> str:
     """Text of the error that the first use of the layout raises, from a configuration that is not checked."""
     trouble = trouble or {}
@@ -200,9 +142,7 @@ def _layout_error(case: Case, trouble: dict | None) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer = build_optimizer(model, ds_lowrank.LowRankConfig(**options), lr=0.1)
-    engine = None
-    if not trouble.get("no_engine"):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(case))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(case))
     if "expert" in trouble and rank == 1:
         dict(model.named_parameters())[trouble["expert"]].allreduce = False
     try:
@@ -210,8 +150,7 @@ def _layout_error(case: Case, trouble: dict | None) -> str:
     except ds_lowrank.LayoutError as error:
         return str(error)
     finally:
-        if engine is not None:
-            engine.destroy()
+        engine.destroy()
     return "no error"
 
 
@@ -227,14 +166,8 @@ def _raise_on_rank_1() -> None:
 
 
 def _engine(case: Case):
-    import deepspeed
-
-    model = build_model(case)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimizer = ds_lowrank.deepspeed_optimizer(model, deepspeed_config(case))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(case))
-    return engine, optimizer
+    run = start(case, build_model(case))
+    return run.engine, run.optimizer
 
 
 def _train(engine, case: Case, steps: range) -> None:

@@ -78,8 +78,11 @@ def test_missing_and_broken_files(tmp_path):
     ("change", "text"),
     [
         ({"optimizer": {"type": "AdamW"}}, '"optimizer" block beside'),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3 is not supported yet"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage = 4 is not supported"),
         ({"zero_optimization": {}}, "stage = 0"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio < 1"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients"),
         ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic_checkpoint"),
         ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "ZenFlow|zenflow"),
