@@ -60,6 +60,7 @@ class Case:
         dropped: name of a parameter whose gradient odd ranks lose before every step; the reference sees zeros there.
         wide_on_columns: FSDP2 shards matrices along the side that suits the projection.
         offload: weights and states on the CPU.
+        layerwise: step in the backward pass.
         zero: further keys of ``zero_optimization``.
         config: further top-level keys.
     """
@@ -83,6 +84,7 @@ class Case:
     dropped: str | None = None
     wide_on_columns: bool = False
     offload: bool = False
+    layerwise: bool = False
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -109,6 +111,8 @@ class Case:
             "lr": 0.02,
             "eps": 1e-8,
             "weight_decay": self.weight_decay,
+            "layerwise": self.layerwise,
+            "accumulation_steps": self.accumulation,
         }
 
 
@@ -193,7 +197,7 @@ def run_case(case: Case, with_free: bool = True) -> dict[str, Any]:
     equal, basis_deviation = True, 0.0
     for step in range(case.steps):
         delivered.clear()
-        run.step([_arguments(case, step, micro, rank) for micro in range(case.accumulation)])
+        run.step([arguments(case, step, micro, rank) for micro in range(case.accumulation)])
         gradients, _ = assemble(optimizer, delivered)
         if fed is not None:
             fed.step(gradients)
@@ -201,7 +205,7 @@ def run_case(case: Case, with_free: bool = True) -> dict[str, Any]:
             free.step(free.own_gradients(step, torch.distributed.get_world_size()))
         same, far = _agree(optimizer, fed.reference if fed is not None else None)
         equal, basis_deviation = same and equal, max(far, basis_deviation)
-    final, replicas_equal = assemble(optimizer, _held(optimizer))
+    final, replicas_equal = assemble(optimizer, held(optimizer))
     states: dict[str, Any] = optimizer.state[STATE_KEY]  # type: ignore[index]
     result = {
         "deviation": None if fed is None else fed.deviation(final),
@@ -268,7 +272,7 @@ class Follower:
         for rank in range(ranks):
             for micro in range(self.case.accumulation):
                 self.model.zero_grad()
-                self.model(**_arguments(self.case, step, micro, rank)).backward()
+                self.model(**arguments(self.case, step, micro, rank)).backward()
                 for n, p in parameters.items():
                     if p.grad is None:
                         continue
@@ -314,7 +318,7 @@ def _matrix(parameter: Tensor, index: int | None) -> Tensor:
     return (parameter if index is None else parameter[index]).view(shape)
 
 
-def _held(optimizer: LowRankAdamW) -> dict[str, tuple[Piece, Tensor]]:
+def held(optimizer: LowRankAdamW) -> dict[str, tuple[Piece, Tensor]]:
     layout = optimizer.layout
     return {name: (piece, layout.weight(name).detach().cpu()) for name, piece in layout.pieces.items()}
 
@@ -380,7 +384,7 @@ def _model_is_master(run: Run, final: dict[str, Tensor]) -> bool:
     return all(equal)
 
 
-def _arguments(case: Case, step: int, micro: int, rank: int) -> dict[str, Any]:
+def arguments(case: Case, step: int, micro: int, rank: int) -> dict[str, Any]:
     return {"seed": (step * 64 + micro) * 16 + rank, "silent": step < case.silent}
 
 

@@ -34,6 +34,8 @@ class Case(Protocol):
     @property
     def offload(self) -> bool: ...
     @property
+    def layerwise(self) -> bool: ...
+    @property
     def zero(self) -> dict[str, Any]: ...
     @property
     def config(self) -> dict[str, Any]: ...
@@ -115,7 +117,11 @@ class TorchRun:
             shard(case, model)
         self.model = model
         self.optimizer = ds_lowrank.build_optimizer(model, case.options)
+        if case.layerwise and case.layout == "ddp":
+            ds_lowrank.exclude_from_ddp(model, self.optimizer)
         self._wrapped = nn.parallel.DistributedDataParallel(model) if case.layout == "ddp" else model
+        if case.layerwise:
+            self.optimizer.ensure_state()  # the hooks have to be there before the first backward pass
 
     def step(self, losses: list[dict[str, Any]]) -> None:
         for micro, arguments in enumerate(losses):
@@ -132,6 +138,7 @@ class TorchRun:
 
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
+        last = last or self._case.layerwise  # then every micro-step's gradient is used up at once
         if isinstance(self._wrapped, nn.parallel.DistributedDataParallel) and not last:
             with self._wrapped.no_sync():
                 yield

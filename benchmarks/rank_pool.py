@@ -26,15 +26,16 @@ class RankPool:
 
     Args:
         size: number of ranks.
-        timeout: seconds that a collective, or a whole call, may take.
+        timeout: seconds that a collective may take.
+        patience: seconds that a whole call may take; default: the same.
         threads: torch threads a rank.
     """
 
-    def __init__(self, size: int, timeout: float = 120.0, threads: int = 1):
+    def __init__(self, size: int, timeout: float = 120.0, patience: float | None = None, threads: int = 1):
         context = mp.get_context("spawn")
         port = free_port()
         self.size = size
-        self._timeout = timeout
+        self._patience = patience or timeout
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
@@ -51,15 +52,25 @@ class RankPool:
         Raises:
             RankError: with the traceback of the first rank that failed.
         """
+        answers = self._answers(function, args, kwargs, patient=False)
+        return [answers[rank] for rank in range(self.size)]
+
+    def run_to_the_end(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Like :meth:`run`, with a :class:`RankError` in the place of what a failing rank returns; ends the pool."""
+        answers = self._answers(function, args, kwargs, patient=True)
+        self.close()
+        return [answers[rank] for rank in range(self.size)]
+
+    def _answers(self, function: Callable[..., Any], args: Any, kwargs: Any, patient: bool) -> dict[int, Any]:
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
         results: dict[int, Any] = {}
         pending: dict[Any, int] = dict(zip(self._pipes, range(self.size)))
         while pending:
-            ready: list[Any] = wait(list(pending), timeout=self._timeout)
+            ready: list[Any] = wait(list(pending), timeout=self._patience)
             if not ready:
                 self.close()
-                raise RankError(f"ranks {sorted(pending.values())} did not answer within {self._timeout} s")
+                raise RankError(f"ranks {sorted(pending.values())} did not answer within {self._patience} s")
             for pipe in ready:
                 rank = pending.pop(pipe)
                 try:
@@ -67,10 +78,12 @@ class RankPool:
                 except EOFError:
                     ok, value = False, "the process died"
                 if not ok:
-                    self.close()  # the other ranks may hang in a collective
-                    raise RankError(f"rank {rank} of {self.size}:\n{value}")
+                    value = RankError(f"rank {rank} of {self.size}:\n{value}")
+                    if not patient:
+                        self.close()  # the other ranks may hang in a collective
+                        raise value
                 results[rank] = value
-        return [results[rank] for rank in range(self.size)]
+        return results
 
     @property
     def alive(self) -> bool:

@@ -9,7 +9,7 @@ from ds_lowrank.integrations.deepspeed import (
 )
 from ds_lowrank.integrations.transformers import LowRankCallback, metrics, trainer_optimizer
 from ds_lowrank.layouts import LayoutError, long_side_placement
-from ds_lowrank.optimizer import LowRankAdamW
+from ds_lowrank.optimizer import LowRankAdamW, exclude_from_ddp
 from ds_lowrank.param_groups import param_groups, projected_names
 from ds_lowrank.report import describe
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_deepspeed_config",
     "deepspeed_optimizer",
     "describe",
+    "exclude_from_ddp",
     "long_side_placement",
     "metrics",
     "param_groups",

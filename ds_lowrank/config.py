@@ -40,6 +40,9 @@ class LowRankConfig:
         shard_projection: ranks that share a matrix keep a part of its basis each and join it ahead of each use
             (True), or all of it (False).
         gram_dtype: ``float32``, ``float64``, or ``auto``: float64 on a CPU, float32 elsewhere.
+        layerwise: step in the backward pass and free each gradient at once (FSDP2, DDP, one process; no clipping of
+            the gradient norm, which would need all gradients).
+        accumulation_steps: backward passes a step, read by ``layerwise`` only; the Trainer's are taken there.
         lr, betas, eps, weight_decay: of AdamW; ``None`` leaves them to ``TrainingArguments`` or the optimizer's
             defaults.
 
@@ -60,13 +63,15 @@ class LowRankConfig:
     wave_size: int = 8
     shard_projection: bool = True
     gram_dtype: str = "auto"
+    layerwise: bool = False
+    accumulation_steps: int = 1
     lr: float | None = None
     betas: tuple[float, float] | None = None
     eps: float | None = None
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        for option in ("rank", "update_proj_gap", "wave_size"):
+        for option in ("rank", "update_proj_gap", "wave_size", "accumulation_steps"):
             _require_positive_int(option, getattr(self, option))
         if not isinstance(self.rank_pattern, Mapping):
             raise ValueError(f"lowrank.rank_pattern must map patterns to ranks, got {self.rank_pattern!r}")
@@ -80,7 +85,7 @@ class LowRankConfig:
             ("gram_dtype", GRAM_DTYPES),
         ):
             _require_choice(option, getattr(self, option), allowed)
-        for option in ("stagger", "shard_projection"):
+        for option in ("stagger", "shard_projection", "layerwise"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"lowrank.{option} must be true or false, got {getattr(self, option)!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

@@ -9,13 +9,23 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.geometry import matrix_shape
-from ds_lowrank.layouts import Layout, Member, find_layout, local_tensors, whole_shape
+from ds_lowrank.layerwise import Layerwise
+from ds_lowrank.layouts import (
+    Layout,
+    LayoutError,
+    Member,
+    check_excluded,
+    find_layout,
+    ignore_in_ddp,
+    local_tensors,
+    whole_shape,
+)
 from ds_lowrank.plan import MatrixPlan, MatrixSpec, check_equal, make_plan
 from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats
 from ds_lowrank.step import LowRankStep
@@ -68,6 +78,9 @@ class LowRankAdamW(torch.optim.Optimizer):
         shard_projection: ranks that share a matrix keep a part of its basis each and join it ahead of each use
             (True), or all of it (False).
         gram_dtype: ``float32``, ``float64``, or ``auto``: float64 on a CPU, float32 elsewhere.
+        layerwise: step in the backward pass and free each gradient as soon as it is used (FSDP2, DDP, one process).
+            Call :meth:`ensure_state` before the first backward pass. The norm of all gradients cannot be clipped then.
+        accumulation_steps: backward passes a step; read with ``layerwise`` only.
 
     Raises:
         ValueError: an option is out of range, or a low-rank parameter is no matrix.
@@ -97,6 +110,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         wave_size: int = 8,
         shard_projection: bool = True,
         gram_dtype: str = "auto",
+        layerwise: bool = False,
+        accumulation_steps: int = 1,
     ):
         for check in construction_checks:
             check()
@@ -112,6 +127,8 @@ class LowRankAdamW(torch.optim.Optimizer):
             wave_size=wave_size,
             shard_projection=shard_projection,
             gram_dtype=gram_dtype,
+            layerwise=layerwise,
+            accumulation_steps=accumulation_steps,
         )
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         # Sharding frameworks replace a group's params by flat buffers, cut the list of groups during a step and
@@ -128,6 +145,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._stateful: list[MatrixPlan] = []  # of which this rank keeps something
         self._stepper: LowRankStep | None = None
         self._refresher: Refresher | None = None
+        self._layerwise: Layerwise | None = None
         self._gradients_checked = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -285,7 +303,7 @@ class LowRankAdamW(torch.optim.Optimizer):
                     "same model, rank, rank_pattern, optim_target_modules and number of ranks"
                 )
         missing = [plan.name for plan in self._stateful if plan.name not in states]
-        if missing:
+        if missing and len(self.state) > 1:  # accelerate loads the empty state that it took from here
             logger.warning(
                 "the loaded optimizer state has nothing for %d of the %d matrices here (%s, ...): they start anew",
                 len(missing),
@@ -329,6 +347,34 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._group_of = {m.name: m.group for m in members}
         self._comm = comm
         self._layout = layout
+        if config.layerwise:
+            self._layerwise = self._step_in_backward(layout, self._stepper)
+
+    def _step_in_backward(self, layout: Layout, stepper: LowRankStep) -> Layerwise:
+        if not layout.steps_alone:
+            raise LayoutError(f"layerwise is not supported under {layout.kind}: its engine decides when to step")
+        projected = {plan.parameter for plan in self._plans}
+        members = [m for m in self._members if m.name in projected or not layout.dealt]
+        average = None
+        if layout.dealt:
+            check_excluded(members)
+            average = self._average
+        return Layerwise(
+            {m.name: m.parameter for m in members},
+            self._plans,
+            stepper,
+            lambda: self.state[STATE_KEY],  # type: ignore[index]
+            lambda: dict(enumerate(self._all_groups)),
+            lambda name, parameter: self._step_full_rank(
+                {**self._all_groups[self._group_of[name]], "params": [parameter]}
+            ),
+            average,
+            self.config.wave_size,
+            self.config.accumulation_steps,
+        )
+
+    def _average(self, gradient: Tensor) -> None:
+        self._comm.all_reduce(gradient, "gradients").wait().div_(self._comm.ranks.size)
 
     # -- step -----------------------------------------------------------------------------------------------------
 
@@ -362,6 +408,8 @@ class LowRankAdamW(torch.optim.Optimizer):
             elif names:
                 self._step_full_rank(group)
         plans = [p for p in self._plans if p.parameter in stepping]
+        if self._layerwise is not None:
+            plans = self._layerwise.remaining(plans)
         self._stepper.run(plans, self.state[STATE_KEY], groups)  # type: ignore[index]
         return loss
 
@@ -453,3 +501,17 @@ def _gram_dtype(option: str, device: torch.device) -> torch.dtype:
     if option == "auto":
         return torch.float64 if device.type == "cpu" else torch.float32
     return torch.float64 if option == "float64" else torch.float32
+
+
+def exclude_from_ddp(model: nn.Module, optimizer: LowRankAdamW) -> None:
+    """Leave the averaging of projected gradients to a layerwise optimizer; call it before wrapping the model in DDP.
+
+    DistributedDataParallel keeps all gradients in buckets, which is what ``layerwise`` is to avoid: it averages each
+    projected gradient itself, when it arrives, and frees it. All other gradients stay with DDP.
+
+    Args:
+        model: the bare model.
+        optimizer: made for it.
+    """
+    projected = {spec.parameter for spec in optimizer.matrix_specs}
+    ignore_in_ddp(model, [m.parameter for m in optimizer.members if m.name in projected])

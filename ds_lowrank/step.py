@@ -43,6 +43,8 @@ class LowRankStep:
         self._bases = Bases(comm)
         self._refresher = refresher
         self._missing: dict[str, Tensor] = {}
+        # Sums of projected gradients, see accumulate(); None where this rank computes no row.
+        self._projected: dict[str, Tensor | None] = {}
 
     def new_state(self, plan: MatrixPlan) -> MatrixState | None:
         """State of one matrix on this rank, ``None`` where this rank has no part in it.
@@ -86,16 +88,36 @@ class LowRankStep:
         """
         # On one process a missing gradient means no step, as in torch's optimizers. Where a matrix is shared it counts
         # as zero, as DeepSpeed delivers it: ranks may differ in what has one, and the collectives must not.
-        plans = [p for p in plans if p.shared or self._has_gradient(p)]
+        plans = [p for p in plans if p.shared or p.name in self._projected or self._has_gradient(p)]
         due = [p for p in plans if p.name in states and self.is_due(p, states)]
         waiting = {p.name for p in due}
         for wave in _waves(due):
             self.refresh_and_step(wave, states, groups)
         rest = [p for p in plans if p.name in states and p.name not in waiting]
         # What is shared is the same on all ranks; what is not differs, and so comes apart from it.
-        for part in ([p for p in rest if p.shared], [p for p in rest if not p.shared]):
-            self._step_in_batches(part, states, groups)
+        parts: dict[tuple[bool, bool], list[MatrixPlan]] = {}
+        for plan in rest:
+            parts.setdefault((plan.shared, plan.name in self._projected), []).append(plan)
+        for key in sorted(parts, reverse=True):
+            self._step_in_batches(parts[key], states, groups)
         self._missing.clear()
+
+    def accumulate(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState]) -> None:
+        """Project the gradients of a micro-step and add them to what the next step uses instead of a gradient.
+
+        Collective when one of ``plans`` is shared. A projection is linear: the sum of projections is the projection of
+        the sum, as long as the basis stays.
+
+        Args:
+            plans: matrices of one parameter that are not due for a refresh.
+            states: see :meth:`run`.
+        """
+        plans = [p for p in plans if p.name in states]
+        rows = self._rows.collect(plans, self._gradient).wait()
+        for plan, basis in zip(plans, self._bases.stream(plans, self._kept(plans, states))):
+            product = None if basis is None else self._project(rows[plan.name], basis)
+            before = self._projected.get(plan.name)
+            self._projected[plan.name] = product if before is None or product is None else before.add_(product)
 
     def is_due(self, plan: MatrixPlan, states: Mapping[str, MatrixState]) -> bool:
         """Whether a matrix refreshes its subspace before its next step."""
@@ -121,12 +143,13 @@ class LowRankStep:
         """Step matrices that have a basis; while one batch is computed, the rows of the next are on their way."""
         plans = [p for p in plans if states[p.name]["refreshes"]]
         batches = list(_batches(plans))
+        collected = [p for p in plans if p.name not in self._projected]
         bases = self._bases.stream([p for batch in batches for p in batch], self._kept(plans, states))
-        coming = self._rows.collect(batches[0], self._gradient) if batches else done({})
+        coming = self._rows.collect(batches[0], self._gradient) if collected else done({})
         leaving: Pending[None] = done(None)
         for i, batch in enumerate(batches):
             rows = coming.wait()
-            if i + 1 < len(batches):
+            if collected and i + 1 < len(batches):
                 coming = self._rows.collect(batches[i + 1], self._gradient)
             left = leaving
             leaving = self._step_batch(batch, rows, bases, states, groups)
@@ -145,8 +168,11 @@ class LowRankStep:
         for plan, basis in zip(plans, bases):
             state = states[plan.name]
             state["step"] = int(state["step"]) + 1
+            gradient = self._projected.pop(plan.name, None)
             if basis is not None:
-                self._step_matrix(plan, state, rows.pop(plan.name), basis, groups[plan.group], updates)
+                if gradient is None:
+                    gradient = self._project(rows.pop(plan.name), basis)
+                self._step_matrix(plan, state, gradient, basis, groups[plan.group], updates)
         return self._rows.deliver(
             plans,
             lambda plan: updates[plan.name],
@@ -158,15 +184,18 @@ class LowRankStep:
         self,
         plan: MatrixPlan,
         state: MatrixState,
-        blocks: Sequence[Tensor],
+        gradient: Tensor,
         basis: Tensor,
         group: Mapping[str, Any],
         updates: dict[str, Tensor],
     ) -> None:
-        """Step the rows of A that this rank computes: a view of them in place, buffered ones into ``updates``."""
+        """Step the rows of A that this rank computes: a view of them in place, buffered ones into ``updates``.
+
+        ``gradient`` is R, rows × r; overwritten.
+        """
         share, part = plan.shares[self._rank], plan.parts[self._rank]
         assert share is not None
-        direction = self._direction(state, [project(b.to(self._device), basis) for b in blocks], group)
+        direction = self._direction(state, gradient, group)
         step_size = group["lr"] * group["scale"]
         whole_rows = share.rows - _buffered_rows(plan, share)
         if share.view is not None:
@@ -178,13 +207,17 @@ class LowRankStep:
             lift_(as_rows(update, plan.side), direction[whole_rows:], basis, step_size, keep=0.0)
             updates[plan.name] = update
 
-    def _direction(self, state: MatrixState, products: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
-        """N from the blocks of R, computed where the moments lie."""
+    def _project(self, blocks: Sequence[Tensor], basis: Tensor) -> Tensor:
+        """R from the blocks of the gradient's rows."""
+        products = [project(block.to(self._device), basis) for block in blocks]
+        return products[0] if len(products) == 1 else torch.cat(products)
+
+    def _direction(self, state: MatrixState, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """N, computed where the moments lie."""
         exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
         assert isinstance(exp_avg, Tensor)
         assert isinstance(exp_avg_sq, Tensor)
-        products = [r.to(exp_avg.device) for r in products]
-        gradient = products[0] if len(products) == 1 else torch.cat(list(products))
+        gradient = gradient.to(exp_avg.device)
         direction = adamw_direction_(gradient, exp_avg, exp_avg_sq, int(state["step"]), group["betas"], group["eps"])
         return direction.to(self._device)
 

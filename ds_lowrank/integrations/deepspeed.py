@@ -99,6 +99,8 @@ def build_optimizer(
         wave_size=config.wave_size,
         shard_projection=config.shard_projection,
         gram_dtype=config.gram_dtype,
+        layerwise=config.layerwise,
+        accumulation_steps=config.accumulation_steps,
     )
 
 
@@ -152,7 +154,11 @@ def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, 
     _check_precision(content)
     if (content.get("checkpoint") or {}).get("load_universal"):
         raise ValueError("checkpoint.load_universal = true is not supported yet: load with the same number of ranks")
-    LowRankConfig.from_deepspeed(content)
+    if LowRankConfig.from_deepspeed(content).layerwise:
+        raise ValueError(
+            "lowrank.layerwise = true is not supported under DeepSpeed: its engine collects the gradients of a "
+            "backward pass and steps when it is over. Remove it, or use FSDP2"
+        )
     return content
 
 

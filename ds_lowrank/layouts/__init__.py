@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ds_lowrank.layouts.base import Group, Layout, LayoutError, Member, Piece, Ranks
-from ds_lowrank.layouts.ddp import ReplicatedLayout
+from ds_lowrank.layouts.ddp import ReplicatedLayout, check_excluded, ignore_in_ddp
 from ds_lowrank.layouts.fsdp import Fsdp2Layout, is_fsdp2, local_tensors, long_side_placement
 from ds_lowrank.layouts.zero import ZeroLayout, is_zero12
 from ds_lowrank.layouts.zero3 import Zero3Layout, check_partitioned, is_zero3
@@ -20,7 +20,9 @@ __all__ = [
     "Member",
     "Piece",
     "Ranks",
+    "check_excluded",
     "find_layout",
+    "ignore_in_ddp",
     "local_tensors",
     "long_side_placement",
     "whole_shape",

@@ -92,11 +92,13 @@ class Layout(Protocol):
         ranks: who shares the model.
         pieces: parameter name -> the piece this rank holds; parameters of which it holds nothing are absent.
         dealt: every rank holds every parameter whole, and the rows of matrices are to be dealt out over the ranks.
+        steps_alone: a parameter may step as soon as it has its gradient.
     """
 
     kind: str
     ranks: Ranks
     dealt: bool
+    steps_alone: bool
 
     @property
     def pieces(self) -> Mapping[str, Piece]:

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ds_lowrank.layouts.base import LayoutError, Member, Piece, Ranks, Tensors, same_device
 
 
 class ReplicatedLayout:
     """Parameters as the model has them, equal on all ranks."""
+
+    steps_alone = True
 
     def __init__(self, members: Sequence[Member]):
         self._members = {m.name: m for m in members}
@@ -60,6 +63,30 @@ class ReplicatedLayout:
         return {
             n: None if t is None else (float(t.double().sum()), float(t.double().norm())) for n, t in values.items()
         }
+
+
+def ignore_in_ddp(model: nn.Module, parameters: Sequence[Tensor]) -> None:
+    """Keep DistributedDataParallel from averaging the gradients of some parameters; call it before wrapping a model.
+
+    It keeps all gradients in buckets of its own. What steps in the backward pass is averaged there instead.
+    """
+    chosen = {id(p) for p in parameters}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in chosen]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def check_excluded(members: Sequence[Member]) -> None:
+    """Refuse parameters whose gradients DistributedDataParallel would average as well.
+
+    Raises:
+        LayoutError: naming the first of them.
+    """
+    for m in members:
+        if not getattr(m.parameter, "_ddp_ignored", False):
+            raise LayoutError(
+                f"layerwise on several ranks averages the gradient of {m.name} {m.shape} itself: call "
+                "ds_lowrank.exclude_from_ddp(model, optimizer) before the model is wrapped in DistributedDataParallel"
+            )
 
 
 def _checksum(tensor: Tensor) -> tuple[float, float]:

@@ -63,6 +63,8 @@ class Fsdp2Layout:
     in what has one, and the collectives must not.
     """
 
+    steps_alone = True
+
     def __init__(self, members: Sequence[Member]):
         self._tensors = Tensors()
         self._parameters: dict[str, Any] = {}

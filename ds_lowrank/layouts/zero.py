@@ -28,6 +28,7 @@ class ZeroLayout:
 
     kind = "ZeRO-1/2"
     dealt = False
+    steps_alone = False
 
     def __init__(self, members: Sequence[Member], groups: Sequence[Group]):
         self._flats: list[Tensor] = [_only_partition(g) for g in groups]

@@ -28,6 +28,7 @@ class Zero3Layout:
 
     kind = "ZeRO-3"
     dealt = False
+    steps_alone = False
 
     def __init__(self, members: Sequence[Member]):
         self._members = {m.name: m for m in members}

@@ -7,7 +7,7 @@ from ds_lowrank.rules.adamw import adamw_direction_
 from ds_lowrank.subspace import spectrum as spectrum_module
 from ds_lowrank.subspace.basis import carry_moments_, draw_basis, overlap
 from ds_lowrank.subspace.project import gram, lift_, project
-from ds_lowrank.subspace.schedule import deal_owners, is_due, phases
+from ds_lowrank.subspace.schedule import is_due, phases
 from ds_lowrank.subspace.sides import as_rows, projected_side
 from ds_lowrank.subspace.spectrum import fix_signs, spectrum
 
