@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
-from ds_lowrank.geometry import matrix_shape
+from ds_lowrank.full_rank import step_full_rank
 from ds_lowrank.layerwise import Layerwise
 from ds_lowrank.layouts import (
     Layout,
@@ -23,11 +21,11 @@ from ds_lowrank.layouts import (
     check_excluded,
     find_layout,
     ignore_in_ddp,
-    local_tensors,
     whole_shape,
 )
-from ds_lowrank.plan import MatrixPlan, MatrixSpec, check_equal, make_plan
+from ds_lowrank.plan import MatrixPlan, check_equal, make_plan
 from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats
+from ds_lowrank.specs import LOWRANK_KEYS, MatrixSpec, make_specs
 from ds_lowrank.step import LowRankStep
 
 logger = logging.getLogger(__name__)
@@ -35,8 +33,6 @@ logger = logging.getLogger(__name__)
 # Low-rank states hang on a string key of ``state``: torch's and DeepSpeed's loaders cast what hangs on a parameter
 # to its dtype and pass over the rest.
 STATE_KEY = "lowrank"
-
-_LOWRANK_KEYS = ("rank", "update_proj_gap", "scale", "proj_type", "stacked")
 
 # Called by every construction: integrations refuse here what would otherwise go wrong without a word.
 construction_checks: list[Callable[[], None]] = []
@@ -161,69 +157,18 @@ class LowRankAdamW(torch.optim.Optimizer):
     def _register(self, index: int, group: dict[str, Any]) -> None:
         names = group.get("param_names") or [f"group{index}.{k}" for k in range(len(group["params"]))]
         check_adamw(group["lr"], group["betas"], group["eps"], group["weight_decay"], where=f"group {index}: ")
-        ranks: Any = group.get("rank")
-        lowrank = ranks is not None
-        stacked: Any = group.get("stacked")
-        if lowrank:
-            _refuse_unknown(index, group)
-            group.setdefault("scale", self.config.scale)
-            ranks = _one_each("ranks", ranks, index, names)
-            stacked = _one_each("values of 'stacked'", stacked, index, names)
         taken = {m.name for m in self._members}
-        for k, (name, parameter) in enumerate(zip(names, group["params"])):
-            shape = whole_shape(parameter)
-            if name in taken:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, parameter in zip(names, group["params"]):
+            if name in taken or name in shapes:
                 raise ValueError(f"group {index}: the parameter name {name!r} is taken already: names must be unique")
-            taken.add(name)
-            self._members.append(Member(name, parameter, shape, index))
-            if lowrank:
-                self._specs += self._make_specs(name, shape, index, ranks[k], stacked[k], group)
-        kept = ("name", "param_names", *_LOWRANK_KEYS)
+            shapes[name] = whole_shape(parameter)
+            self._members.append(Member(name, parameter, shapes[name], index))
+        if group.get("rank") is not None:
+            group.setdefault("scale", self.config.scale)
+            self._specs += make_specs(index, group, shapes, self.config)
+        kept = ("name", "param_names", *LOWRANK_KEYS)
         self._group_options.append({key: group[key] for key in kept if key in group})
-
-    def _make_specs(
-        self, name: str, shape: tuple[int, ...], index: int, rank: int, stacked: bool | None, group: dict[str, Any]
-    ) -> list[MatrixSpec]:
-        """The matrix, or the stacked matrices, of one parameter."""
-        if len(shape) < 2:
-            raise ValueError(
-                f"{name} {shape} is in a low-rank group but is not a matrix: put it into a group without 'rank'"
-            )
-        if stacked is None and len(shape) > 2:
-            raise ValueError(
-                f"{name} {shape} has {len(shape)} dimensions: set 'stacked' in its group to True if they are matrices "
-                "stacked along the first (experts), to False if it is one matrix with its trailing dimensions folded "
-                "into columns (a convolution's kernel), or put it into a group without 'rank'"
-            )
-        if stacked and len(shape) < 3:
-            raise ValueError(f"{name} {shape} is 'stacked' but has two dimensions only: leave 'stacked' out")
-        options = LowRankConfig(
-            rank=rank,
-            update_proj_gap=group.get("update_proj_gap", self.config.update_proj_gap),
-            scale=group["scale"],
-            proj_type=group.get("proj_type", self.config.proj_type),
-        )
-        m, n = matrix_shape(shape, bool(stacked))
-        if rank > max(m, n):
-            raise ValueError(f"rank {rank} is larger than both sides of {name} {(m, n)}: use at most {min(m, n)}")
-        if rank > min(m, n):
-            warnings.warn(
-                f"rank {rank} is larger than the shorter side of {name} {(m, n)}: clamped to {min(m, n)}", stacklevel=4
-            )
-        return [
-            MatrixSpec(
-                name=name if e is None else f"{name}[{e}]",
-                parameter=name,
-                parameter_shape=shape,
-                index=e,
-                shape=(m, n),
-                group=index,
-                rank=min(rank, m, n),
-                gap=options.update_proj_gap,
-                proj_type=options.proj_type,
-            )
-            for e in (range(shape[0]) if stacked else [None])
-        ]
 
     # -- layout and state -----------------------------------------------------------------------------------------
 
@@ -365,8 +310,8 @@ class LowRankAdamW(torch.optim.Optimizer):
             stepper,
             lambda: self.state[STATE_KEY],  # type: ignore[index]
             lambda: dict(enumerate(self._all_groups)),
-            lambda name, parameter: self._step_full_rank(
-                {**self._all_groups[self._group_of[name]], "params": [parameter]}
+            lambda name, parameter: step_full_rank(
+                {**self._all_groups[self._group_of[name]], "params": [parameter]}, self.state
             ),
             average,
             self.config.wave_size,
@@ -406,7 +351,7 @@ class LowRankAdamW(torch.optim.Optimizer):
                 stepping.update(names)
                 groups[index] = group
             elif names:
-                self._step_full_rank(group)
+                step_full_rank(group, self.state)
         plans = [p for p in self._plans if p.parameter in stepping]
         if self._layerwise is not None:
             plans = self._layerwise.remaining(plans)
@@ -423,46 +368,6 @@ class LowRankAdamW(torch.optim.Optimizer):
             found = self._comm.gather_objects(self._layout.checksums("gradients"))
             check_equal(found, "gradients", "nobody averages them. Wrap the model in DistributedDataParallel")
 
-    def _step_full_rank(self, group: dict[str, Any]) -> None:
-        """Plain AdamW, torch's own, on whatever tensors the group holds."""
-        params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            if self.state[p]:
-                self.state[p]["step"] = self.state[p]["step"].to(p.device)  # loaders leave it on the CPU
-            else:
-                # torch's fused kernel takes counters on the parameter's device and moments in its dtype
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        if not params:
-            return
-        # Element by element: what this rank holds of a DTensor is all that is needed.
-        weights, grads, exp_avgs, exp_avg_sqs = (
-            local_tensors(tensors)
-            for tensors in (
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-            )
-        )
-        adamw(
-            weights,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            [self.state[p]["step"] for p in params],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by ``load_state_dict``, which makes new group dicts: go on with those.
 
@@ -475,26 +380,6 @@ class LowRankAdamW(torch.optim.Optimizer):
             self._loaded = True
             for group, options in zip(self.param_groups, self._group_options):
                 group.update(options)
-
-
-def _one_each(what: str, given: Any, index: int, names: Sequence[str]) -> Sequence[Any]:
-    """A group's option as one value a parameter."""
-    values = given if isinstance(given, (list, tuple)) else [given] * len(names)
-    if len(values) != len(names):
-        raise ValueError(f"group {index}: {len(values)} {what} for {len(names)} parameters")
-    return values
-
-
-def _refuse_unknown(index: int, group: dict[str, Any]) -> None:
-    known = ("params", "param_names", "name", "lr", "initial_lr", "betas", "eps", "weight_decay", *_LOWRANK_KEYS)
-    for key in group:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(
-                f"group {index}: unknown option {key!r}{hint} A low-rank group may set {', '.join(_LOWRANK_KEYS)} and "
-                "AdamW's options; selection, moments, seed and the rest belong to the optimizer"
-            )
 
 
 def _gram_dtype(option: str, device: torch.device) -> torch.dtype:

@@ -24,34 +24,9 @@ import torch
 from ds_lowrank.comm import Comm
 from ds_lowrank.geometry import Box, Part, part_of
 from ds_lowrank.layouts.base import Layout, LayoutError
+from ds_lowrank.specs import MatrixSpec
 from ds_lowrank.subspace.schedule import deal_owners, phases, waves
 from ds_lowrank.subspace.sides import Side, projected_side
-
-
-@dataclass(frozen=True)
-class MatrixSpec:
-    """What the optimizer was asked to do with one matrix, before any sharding.
-
-    Attributes:
-        name: of the matrix: the parameter's, with ``[e]`` behind it for one of several stacked matrices.
-        parameter, parameter_shape: name and whole shape of the parameter.
-        index: which of the stacked matrices it is; ``None`` where the parameter is one matrix.
-        shape: (m, n).
-        group: index of its parameter group.
-        rank: r, clamped.
-        gap: τ, steps between refreshes.
-        proj_type: see :mod:`ds_lowrank.subspace.sides`.
-    """
-
-    name: str
-    parameter: str
-    parameter_shape: tuple[int, ...]
-    index: int | None
-    shape: tuple[int, int]
-    group: int
-    rank: int
-    gap: int
-    proj_type: str
 
 
 @dataclass(frozen=True)
