@@ -109,7 +109,9 @@ class Case:
             "seed": 3,
             "gram_dtype": "float64",
             "lr": 0.02,
-            "eps": 1e-8,
+            # The default. With a far smaller one Adam's first step is sign(R), which turns the rounding of an entry
+            # near zero into a step of full size: free-running trajectories would differ by chance.
+            "eps": 1e-6,
             "weight_decay": self.weight_decay,
             "layerwise": self.layerwise,
             "accumulation_steps": self.accumulation,
