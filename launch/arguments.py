@@ -7,13 +7,13 @@ it is made; the ones that cost nothing to check come first, so that a wrong path
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from sharding import check_checkpoints, check_launch, read_config, world_size
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
@@ -103,7 +103,7 @@ def _require_text_file(flag: str, path: str) -> None:
 
 @dataclass
 class LowRankArguments:
-    """Overrides of the ``"lowrank"`` block of the DeepSpeed JSON; unset ones leave the block as it is."""
+    """Overrides of the ``"lowrank"`` block of the DeepSpeed or FSDP file; unset ones leave the block as it is."""
 
     rank: int | None = HfArg(
         default=None,
@@ -114,6 +114,9 @@ class LowRankArguments:
     proj_type: str | None = HfArg(default=None, help="side that is projected: std, reverse_std, ...")
     selection: str | None = HfArg(default=None, help="importance (SARA), dominant (GaLore), uniform or random")
     moments: str | None = HfArg(default=None, help="moments at a refresh: keep or project")
+    shard_projection: bool | None = HfArg(
+        default=None, help="ranks that share a matrix keep a part of its basis each (true), or all of it (false)"
+    )
 
     def options(self, block: dict[str, Any], targets: list[str] | None) -> dict[str, Any]:
         """``block`` with the options and target modules that were given over it."""
@@ -192,8 +195,10 @@ class PretrainArguments(TrainingArguments):
         gradient_checkpointing: bool = HfArg(default=False, aliases=["--activation_checkpointing"])
 
     def __post_init__(self) -> None:
+        if self.fsdp_config:
+            self.fsdp = True  # without it the Trainer passes over the file
         self._choose_device()
-        self._check_launch()
+        check_launch(self)
         self._resolve_batch()
         self._resolve_schedule()
         if self.output_dir is None:
@@ -203,10 +208,16 @@ class PretrainArguments(TrainingArguments):
         if self.save_steps and self.save_strategy == "no":
             self.save_strategy = "steps"
         self._resolve_resume()
+        check_checkpoints(self, self.optimizer == "lowrank")
         super().__post_init__()
+        if self.deepspeed and self.use_cpu:
+            # zero.Init takes the process group from deepspeed.comm, which accelerate leaves alone on a CPU.
+            import deepspeed  # not before prepare_cpu()
+
+            deepspeed.init_distributed()
 
     def _resolve_resume(self) -> None:
-        """Find the checkpoint and refuse what could not be loaded, before anything is started."""
+        """Find the checkpoint, before anything is started."""
         wanted: str | None = self.resume_from_checkpoint
         if not wanted:
             return
@@ -216,12 +227,6 @@ class PretrainArguments(TrainingArguments):
         self.resume_from_checkpoint = str(folder)
         if not (folder / "trainer_state.json").is_file():
             raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}; see --save_every")
-        ranks = len(list(folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
-        if ranks and ranks != world_size():
-            raise ValueError(
-                f"--resume_from_checkpoint: {folder} was written by {ranks} ranks and this run has {world_size()}: "
-                f"start {ranks} (resuming on another number is not supported yet)"
-            )
 
     def _choose_device(self) -> None:
         if not torch.cuda.is_available():
@@ -231,18 +236,6 @@ class PretrainArguments(TrainingArguments):
             ds_lowrank.prepare_cpu()
         if self.bf16 is None:
             self.bf16 = not (self.use_cpu or self.fp16) and torch.cuda.is_bf16_supported()
-
-    def _check_launch(self) -> None:
-        if self.deepspeed and "RANK" not in os.environ:
-            raise ValueError(
-                "--deepspeed needs a launcher: start this with `deepspeed launch/pretrain.py ...` (or torchrun), or "
-                "leave --deepspeed out to train in one process"
-            )
-        if world_size() > 1 and not self.deepspeed:
-            raise ValueError(
-                f"{world_size()} ranks without DeepSpeed: add --deepspeed configs/zero2.json (plain "
-                "DistributedDataParallel is not supported yet), or start one process"
-            )
 
     def _resolve_batch(self) -> None:
         if self.total_batch_size is None:
@@ -269,11 +262,6 @@ class PretrainArguments(TrainingArguments):
         self.warmup_steps = int(warmup) if warmup >= 1 else warmup
 
 
-def world_size() -> int:
-    """Ranks of this run, as its launcher exported them; known before torch.distributed starts."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> None:
         """Raise instead of printing the whole usage once per rank."""
@@ -289,18 +277,18 @@ def parse_arguments(
         argv: arguments without the program's name.
 
     Returns:
-        model arguments, data arguments, low-rank options (the JSON's block, the flags over it) and training
+        model arguments, data arguments, low-rank options (the file's block, the flags over it) and training
         arguments.
 
     Raises:
         ValueError: unknown flag (with the nearest known one), a bad value, flags that contradict each other, or a
-            DeepSpeed setting that is not supported.
+            launcher or setting that is not supported.
         FileNotFoundError: a file that is named does not exist.
     """
     parser = _Parser(
         (ModelArguments, DataArguments, LowRankArguments, PretrainArguments),
         prog="pretrain.py",
-        description="Pretrain a LLaMA from scratch with low-rank optimizers under DeepSpeed ZeRO.",
+        description="Pretrain a LLaMA from scratch with low-rank optimizers under DeepSpeed ZeRO, FSDP2 or DDP.",
         allow_abbrev=False,
     )
     given, unknown = parser.parse_known_args(argv)
@@ -327,9 +315,7 @@ def parse_arguments(
 
 def _low_rank_options(args: LowRankArguments, values: dict[str, Any]) -> dict[str, Any]:
     """Block and flags together, checked as far as they can be without the model."""
-    block = {}
-    if values["deepspeed"] is not None:
-        block = ds_lowrank.check_deepspeed_config(values["deepspeed"]).get("lowrank", {})
+    block = read_config(values["deepspeed"], values["fsdp_config"]).get("lowrank", {})
     options = args.options(block, values["optim_target_modules"])
     ds_lowrank.LowRankConfig.from_dict(options)
     return options

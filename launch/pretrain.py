@@ -1,10 +1,14 @@
 """Pretrain a LLaMA from scratch with a low-rank optimizer on the Hugging Face Trainer.
 
     deepspeed launch/pretrain.py --deepspeed configs/zero2.json
+    torchrun --nproc-per-node 2 launch/pretrain.py --fsdp_config configs/fsdp2.json
+    torchrun --nproc-per-node 2 launch/pretrain.py
+    python launch/pretrain.py
 
-trains a small model on the source text of Python's standard library, on the GPUs or, without one, on the CPU
-(``deepspeed --num_accelerators 2`` starts two CPU ranks), prints its validation perplexity, and leaves the model, its
-tokenizer, ``metrics.json`` and a TensorBoard log in ``runs/pretrain``. ``--help`` lists the flags.
+train a small model on the source text of Python's standard library, on the GPUs or, without one, on the CPU (where FSDP
+is not to be had, and ``deepspeed --num_accelerators 2`` starts two ranks): the same trajectory each. They print the
+validation perplexity and leave the model, its tokenizer, ``metrics.json`` and a TensorBoard log in ``runs/pretrain``.
+``--help`` lists the flags.
 """
 
 from __future__ import annotations
@@ -24,10 +28,15 @@ import datasets
 import transformers
 from arguments import DataArguments, ModelArguments, PretrainArguments, parse_arguments
 from data import PackedData, collate, load_data
+from sharding import check_trainer
+from torch import Tensor
 from trainer import PretrainTrainer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import set_zero3_state
 
 import ds_lowrank
+from ds_lowrank.layouts import whole_shape
 
 
 def main(argv: list[str]) -> int:
@@ -60,8 +69,7 @@ def set_up(argv: list[str]) -> tuple[PretrainTrainer, ds_lowrank.LowRankConfig]:
         first=partial(args.main_process_first, desc="tokenizing"),
     )
     data.train = _whole_steps(data.train, args)
-    transformers.set_seed(args.seed)  # the same weights on every rank
-    model = build_model(model_args, data_args, data.tokenizer)
+    model = build_model(model_args, data_args, data.tokenizer, args.seed)
     config = low_rank_config(low_rank_options, args, model)
     projected = ds_lowrank.projected_names(model, config)
     if args.optimizer == "frozen":
@@ -70,7 +78,7 @@ def set_up(argv: list[str]) -> tuple[PretrainTrainer, ds_lowrank.LowRankConfig]:
 
 
 def build_model(
-    model_args: ModelArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
+    model_args: ModelArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreTrainedModel:
     """Model with fresh weights from its configuration; vocabulary and special tokens are the tokenizer's."""
     config = AutoConfig.from_pretrained(model_args.model_config)
@@ -80,7 +88,29 @@ def build_model(
     # GaLore's files say -1, which is an index out of range for an embedding.
     config.pad_token_id = tokenizer.pad_token_id
     config.max_position_embeddings = max(config.max_position_embeddings, data_args.max_length)
-    return AutoModelForCausalLM.from_config(config)
+    transformers.set_seed(seed)  # the same weights on every rank
+    model = AutoModelForCausalLM.from_config(config)
+    if is_deepspeed_zero3_enabled():
+        _initialise_as_elsewhere(model, config, seed)
+    return model
+
+
+def _initialise_as_elsewhere(model: PreTrainedModel, config: PretrainedConfig, seed: int) -> None:
+    """Give a model that stage 3 partitioned at its construction the weights that it has everywhere else.
+
+    ``zero.Init`` draws them from other random numbers. Rank 0 makes the whole model once on the host.
+    """
+    import deepspeed
+
+    whole: dict[str, Tensor] = {}
+    if deepspeed.comm.get_rank() == 0:
+        transformers.set_seed(seed)
+        with set_zero3_state():  # construct without partitioning
+            whole = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if whole:
+                parameter.data.copy_(whole[name])
 
 
 def low_rank_config(
@@ -111,7 +141,7 @@ def build_trainer(
 ) -> PretrainTrainer:
     """Trainer with our optimizer, or with the Trainer's own AdamW for ``adamw`` and ``frozen``."""
     low_rank = args.optimizer == "lowrank"
-    return PretrainTrainer(
+    trainer = PretrainTrainer(
         sequence_length=data_args.max_length,
         low_rank=low_rank,
         model=model,
@@ -123,6 +153,8 @@ def build_trainer(
         callbacks=[ds_lowrank.LowRankCallback()] if low_rank else None,
         optimizer_cls_and_kwargs=(ds_lowrank.trainer_optimizer(config, args=args) if low_rank else None),
     )
+    check_trainer(trainer, low_rank)
+    return trainer
 
 
 def finish(
@@ -146,7 +178,7 @@ def finish(
         "world_size": args.world_size,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": sum(math.prod(whole_shape(p)) for p in trainer.model.parameters()),
         "lowrank": config.to_dict() if trainer.low_rank else None,
     }
     if trainer.is_world_process_zero():

@@ -52,19 +52,27 @@ class _Factory:
 
     def __new__(cls, *groups: Any, **kwargs: Any) -> Any:
         factory = super().__new__(cls)
-        return factory(_calling_trainer().model, **kwargs) if groups else factory
+        if not groups:
+            return factory
+        trainer = _calling_trainer()
+        assert trainer is not None, "groups come from a Trainer of transformers < 5"
+        return factory(trainer.model, **kwargs)
 
     def __call__(self, model: nn.Module, config: LowRankConfig | None, args: Any) -> LowRankAdamW:
-        trainer = _find_calling_trainer()
-        if args is None:
-            args = _calling_trainer().args
+        trainer = _calling_trainer()
+        if args is None and trainer is None:
+            raise ValueError(
+                "the TrainingArguments cannot be found from here: pass them, "
+                "ds_lowrank.trainer_optimizer(config, args=training_args)"
+            )
+        args = args or trainer.args
         deepspeed_config, fsdp_config = _deepspeed_config(args), getattr(args, "fsdp_config", None)
         if deepspeed_config is not None:
             check_deepspeed_config(deepspeed_config)
             config = config or LowRankConfig.from_deepspeed(deepspeed_config)
         elif args.fsdp and fsdp_config:
             config = config or LowRankConfig.from_deepspeed(check_fsdp_config(fsdp_config))
-        if trainer is not None:
+        if hasattr(trainer, "accelerator"):
             check_trainer(trainer)
         adamw: dict[str, Any] = {
             "lr": args.learning_rate,
@@ -82,17 +90,16 @@ def wants_fsdp(args: Any) -> bool:
 
 
 def check_trainer(trainer: Any, checkpoints: bool = True) -> None:
-    """Refuse what a Trainer was told and does not do, and what it does and cannot be undone. No communication.
+    """Refuse a Trainer that would do something else than it was told. No communication.
 
     Args:
         trainer: a ``Trainer``, constructed and not yet training.
         checkpoints: whether to refuse checkpoints that could not be resumed from exactly.
 
     Raises:
-        ValueError: accelerate dropped DeepSpeed or FSDP, the run has FSDP1, or it would write checkpoints in which
-            the states of one rank stand for all.
+        ValueError: accelerate dropped DeepSpeed or FSDP, the run has FSDP1, or see :func:`check_saving`.
     """
-    args, chosen = trainer.args, str(trainer.accelerator.distributed_type)
+    args, chosen = trainer.args, trainer.accelerator.distributed_type.value
     if _deepspeed_config(args) is not None and not trainer.is_deepspeed_enabled:
         raise ValueError(
             f"DeepSpeed was asked for, but accelerate chose {chosen}: accelerate launch --cpu drops DeepSpeed. Start "
@@ -108,11 +115,26 @@ def check_trainer(trainer: Any, checkpoints: bool = True) -> None:
             'FSDP1 flattens parameters across matrices and is not supported: set "version": 2 in fsdp_config '
             "(accelerate launch: --fsdp_version 2)"
         )
+    if checkpoints and not trainer.is_deepspeed_enabled:
+        check_saving(args, args.world_size)
+
+
+def check_saving(args: Any, ranks: int) -> None:
+    """Refuse checkpoints of a run without DeepSpeed that could not be resumed from exactly.
+
+    Args:
+        args: the ``TrainingArguments``.
+        ranks: number of processes.
+
+    Raises:
+        ValueError: see above.
+    """
     saves = args.save_strategy != "no" and not args.save_only_model
-    if checkpoints and saves and not trainer.is_deepspeed_enabled and (trainer.is_fsdp_enabled or args.world_size > 1):
+    if saves and (wants_fsdp(args) or ranks > 1):
         raise ValueError(
             "checkpoints under FSDP2 and DDP are not built yet: every rank has low-rank states of its own, and the "
-            'Trainer would save one rank\'s. Set save_strategy to "no", save_only_model, or use DeepSpeed'
+            'Trainer would save one rank\'s. Set save_strategy to "no" (leave --save_every out), set save_only_model, '
+            "or use DeepSpeed"
         )
 
 
@@ -155,7 +177,7 @@ def metrics(optimizer: Any) -> dict[str, float]:
     return found
 
 
-def _find_calling_trainer() -> Any:
+def _calling_trainer() -> Any:
     """The Trainer that is building the optimizer, or ``None``.
 
     It hands a factory the model and nothing else, so it is looked up among the frames that called.
@@ -167,16 +189,6 @@ def _find_calling_trainer() -> Any:
             return owner
         frame = frame.f_back  # type: ignore[assignment]
     return None
-
-
-def _calling_trainer() -> Any:
-    trainer = _find_calling_trainer()
-    if trainer is None:
-        raise ValueError(
-            "the TrainingArguments cannot be found from here: pass them, "
-            "ds_lowrank.trainer_optimizer(config, args=training_args)"
-        )
-    return trainer
 
 
 def _deepspeed_config(args: Any) -> dict[str, Any] | None:

@@ -5,79 +5,23 @@ A start costs about 15 s, so one run serves several tests, and bad input is trie
 
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
 
+import pretrain
 import pytest
 import torch
+from launching import RANK, ROOT, config, flags, launch, start
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
-
-import pretrain
-
-ROOT = Path(__file__).resolve().parents[2]
-RANK = 8
 PROJECTED = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$")
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A folder with a small corpus: ten modules of the standard library, a paragraph a document."""
-    folder = tmp_path_factory.mktemp("pretrain")
-    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:10]
-    (folder / "corpus.txt").write_text("\n\n".join(p.read_text(encoding="utf-8") for p in sources), encoding="utf-8")
-    return folder
-
-
-def flags(folder, output="model", **options):
-    defaults = {
-        "train_file": folder / "corpus.txt",
-        "cache_dir": folder / "cache",
-        "output_dir": folder / output,
-        "vocab_size": 512,
-        "max_length": 64,
-        "batch_size": 4,
-        "eval_sequences": 16,
-        "rank": RANK,
-        "logging_steps": 1,
-        "seed": 7,
-    }
-    return [f"--{name}={value}" for name, value in {**defaults, **options}.items()]
-
-
-def launch(folder, argv):
-    """Run the script on two ranks from another folder than the repository's."""
-    assert shutil.which("deepspeed"), "the tests need the deepspeed launcher on PATH"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    port = 20000 + os.getpid() % 20000
-    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(port), str(ROOT / "launch" / "pretrain.py")]
-    return subprocess.run([*command, *argv], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def one_step(workplace):
     argv = flags(workplace, max_steps=1, warmup_steps=0, weight_decay=0, lr=0.01)
-    done = launch(workplace, ["--deepspeed", str(ROOT / "configs" / "zero2.json"), *argv])
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return workplace / "model", done.stdout
-
-
-@pytest.fixture(scope="module")
-def eight_steps(workplace):
-    options = {"max_steps": 8, "update_proj_gap": 2, "gradient_accumulation": 2, "lr": 0.01, "batch_size": 2}
-    done = launch(
-        workplace, ["--deepspeed", str(ROOT / "configs" / "zero1.json"), *flags(workplace, "longer", **options)]
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return workplace / "longer", done.stdout
+    return workplace / "model", launch(workplace, "deepspeed", *config("zero1"), *argv)
 
 
 @pytest.mark.launcher
@@ -129,8 +73,8 @@ def test_leaves_a_model_a_tokenizer_and_metrics(one_step):
 
 
 @pytest.mark.launcher
-def test_logs_training_and_subspaces(eight_steps):
-    folder, printed = eight_steps
+def test_logs_training_and_subspaces(zero2_run):
+    folder, printed = zero2_run
     scalars = {}
     for file in folder.rglob("events.out.tfevents.*"):
         events = EventAccumulator(str(file)).Reload()
@@ -154,7 +98,8 @@ def test_a_bad_option_ends_all_ranks_before_training(workplace):
     content["lowrank"]["update_gap"] = 10
     path = workplace / "bad.json"
     path.write_text(json.dumps(content))
-    done = launch(workplace, ["--deepspeed", str(path), *flags(workplace, "bad", max_steps=1)])
+    argv = ["--deepspeed", str(path), *flags(workplace, "bad", max_steps=1)]
+    done = start(workplace, "deepspeed", *argv)
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
     assert "error: unknown option lowrank.update_gap; did you mean 'update_proj_gap'?" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -173,6 +118,8 @@ def test_a_bad_option_ends_all_ranks_before_training(workplace):
         ({"batch_size": 100_000}, "less than one step of 100000"),
         ({"tokenizer_name": "./no/such/tokenizer"}, "no/such/tokenizer"),
         ({"deepspeed": ROOT / "configs" / "zero2.json"}, "--deepspeed needs a launcher"),
+        ({"fsdp_config": ROOT / "configs" / "fsdp2.json"}, "--fsdp_config needs a launcher"),
+        ({"fsdp_config": "missing.json"}, "'missing.json' does not exist"),
         ({"optimizer": "adamw"}, "--optimizer adamw has no subspaces: leave --rank out"),
         ({"resume_from_checkpoint": "true"}, "there is no checkpoint in"),
         ({"no_such_flag": 1}, "unknown argument --no_such_flag"),

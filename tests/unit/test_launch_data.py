@@ -13,7 +13,6 @@ import data as launch_data
 from arguments import DataArguments, parse_arguments
 from data import collate, held_out, load_data, pack, stdlib_corpus, train_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"def function_{i}(x):\n    return x + {i}\n" * 4 for i in range(80)]
 
 
@@ -196,14 +195,6 @@ def test_too_little_text(tmp_path, jsonl):
         load_data(arguments(tmp_path, train_file=str(jsonl), max_length=100_000))
 
 
-def zero_json(tmp_path, lowrank=None, **changes):
-    content = json.loads((ROOT / "configs" / "zero2.json").read_text())
-    content["lowrank"].update(lowrank or {})
-    path = tmp_path / "zero.json"
-    path.write_text(json.dumps({**content, **changes}))
-    return str(path)
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -227,27 +218,6 @@ def test_bad_command_line(argv, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lowrank": {"update_gap": 5}}, "did you mean 'update_proj_gap'?"),
-        ({"lowrank": {"rank": 0}}, "lowrank.rank must be an integer >= 1, got 0"),
-        ({"optimizer": {"type": "AdamW"}}, '"optimizer" block'),
-        ({"zero_optimization": {"stage": 3}}, "stage"),
-    ],
-)
-def test_bad_deepspeed_json(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=r".") as caught:
-        parse_arguments(["--deepspeed", zero_json(tmp_path, **changes)])
-    assert message in str(caught.value)
-
-
-def test_several_ranks_need_deepspeed(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 ranks without DeepSpeed: add --deepspeed"):
-        parse_arguments([])
-
-
 def test_galore_names_are_understood(tmp_path):
     argv = (
         "--batch_size 2 --gradient_accumulation 3 --lr 0.5 --scheduler cosine --min_lr_ratio 0.2 --warmup_steps 7 "
@@ -264,12 +234,3 @@ def test_galore_names_are_understood(tmp_path):
     assert args.gradient_checkpointing
     assert data.max_length == 64
     assert options == {"rank": 8, "update_proj_gap": 5, "scale": 0.5, "proj_type": "right"}
-
-
-def test_flags_win_over_the_block(tmp_path):
-    path = zero_json(tmp_path, {"rank": 16, "scale": 2.0})
-    from arguments import LowRankArguments
-
-    block = json.loads(Path(path).read_text())["lowrank"]
-    options = LowRankArguments(rank=4).options(block, ["q_proj", "v_proj"])
-    assert (options["rank"], options["scale"], options["optim_target_modules"]) == (4, 2.0, ["q_proj", "v_proj"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -11,6 +14,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 import ds_lowrank
 from ds_lowrank import LowRankAdamW, LowRankCallback, LowRankConfig, trainer_optimizer
+from ds_lowrank.integrations.transformers import check_saving
 from ds_lowrank.optimizer import STATE_KEY
 
 ZERO2 = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
@@ -77,7 +81,7 @@ def test_the_configuration_wins_over_training_arguments(tmp_path):
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.5, (0.1, 0.2), 1e-3, 0.3)
 
 
-def test_a_run_trains_in_subspaces_and_reports(tmp_path, capsys):
+def test_a_run_trains_in_subspaces_and_reports(tmp_path, capsys, caplog):
     run = trainer(tmp_path, trainer_optimizer({"rank": 4}), [LowRankCallback()], weight_decay=0.0, max_steps=1)
     before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     run.train()
@@ -93,6 +97,7 @@ def test_a_run_trains_in_subspaces_and_reports(tmp_path, capsys):
     assert "40 x 16" in printed
     assert "optimizer state per rank" in printed
     assert "layout: one process on 1 rank" in printed
+    assert "start anew" not in caplog.text  # accelerate loads back the empty state that it took from the optimizer
     found = ds_lowrank.metrics(run.optimizer)
     assert found["lowrank/refreshes"] == 14
 
@@ -138,7 +143,7 @@ def test_an_optimizer_that_the_trainer_would_drop_is_refused():
     ("change", "text"),
     [
         ({"optimizer": {"type": "AdamW"}}, '"optimizer" block'),
-        ({"zero_optimization": {"stage": 3}}, "stage = 3"),
+        ({"zero_optimization": {"stage": 0}}, "stage = 0"),
         ({"lowrank": {"rnk": 4}}, "did you mean 'rank'"),
     ],
 )
@@ -149,14 +154,58 @@ def test_the_trainers_deepspeed_configuration_is_checked(change, text, tmp_path)
         run.create_optimizer()
 
 
-def test_the_block_is_read_where_no_configuration_is_given(tmp_path):
+@pytest.mark.parametrize("launcher", ["deepspeed", "accelerate"])
+def test_the_block_is_read_where_no_configuration_is_given(tmp_path, launcher):
     run = trainer(tmp_path, trainer_optimizer())
-    run.args.hf_deepspeed_config = HfTrainerDeepSpeedConfig({**ZERO2, "lowrank": {"rank": 3, "selection": "dominant"}})
+    wrapped = HfTrainerDeepSpeedConfig({**ZERO2, "lowrank": {"rank": 3, "selection": "dominant"}})
+    if launcher == "deepspeed":
+        run.args.hf_deepspeed_config = wrapped
+    else:  # accelerate launch --use_deepspeed --deepspeed_config_file
+        run.args.deepspeed_plugin = SimpleNamespace(hf_ds_config=wrapped)
+    run.is_deepspeed_enabled = True
     another = HfTrainerDeepSpeedConfig({**ZERO2, "lowrank": {"rank": 7}})  # the global one is now another Trainer's
     optimizer = run.create_optimizer()
     del another
     assert {s.rank for s in optimizer.matrix_specs} == {3}
     assert optimizer.config.selection == "dominant"
+
+
+def test_the_block_is_read_from_the_fsdp_configuration(tmp_path, monkeypatch):
+    path = tmp_path / "fsdp.json"
+    path.write_text(json.dumps({"version": 2, "lowrank": {"rank": 3, "selection": "dominant"}}))
+    # What the Trainer makes of the file: it must leave our block in its place.
+    args = arguments(tmp_path, fsdp=True, fsdp_config=str(path))
+    run = trainer(tmp_path, trainer_optimizer())
+    run.args = args
+    run.is_fsdp_enabled = True
+    monkeypatch.setattr(run.accelerator.state, "fsdp_plugin", SimpleNamespace(fsdp_version=2), raising=False)
+    optimizer = run.create_optimizer()
+    assert {s.rank for s in optimizer.matrix_specs} == {3}
+    assert optimizer.config.selection == "dominant"
+
+
+def test_what_accelerate_dropped_is_refused(tmp_path, monkeypatch):
+    """On a CPU it trains with DDP where FSDP was asked for; after `accelerate launch --cpu` without DeepSpeed."""
+    run = trainer(tmp_path, trainer_optimizer({"rank": 4}))
+    run.args.fsdp = True
+    with pytest.raises(ValueError, match="FSDP was asked for, but accelerate chose NO"):
+        run.create_optimizer()
+    run.args.fsdp = None
+    run.args.hf_deepspeed_config = HfTrainerDeepSpeedConfig(ZERO2)
+    with pytest.raises(ValueError, match="DeepSpeed was asked for, but accelerate chose NO"):
+        run.create_optimizer()
+    del run.args.hf_deepspeed_config
+    run.is_fsdp_enabled = True
+    monkeypatch.setattr(run.accelerator.state, "fsdp_plugin", SimpleNamespace(fsdp_version=1), raising=False)
+    with pytest.raises(ValueError, match="FSDP1 flattens parameters"):
+        run.create_optimizer()
+
+
+def test_checkpoints_of_one_ranks_states_are_refused(tmp_path):
+    run = trainer(tmp_path, trainer_optimizer({"rank": 4}), save_strategy="steps")
+    assert isinstance(run.create_optimizer(), LowRankAdamW)  # one process holds all
+    with pytest.raises(ValueError, match="checkpoints under FSDP2 and DDP"):
+        check_saving(run.args, ranks=2)
 
 
 def test_bad_options_are_refused_at_once():
