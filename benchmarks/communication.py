@@ -17,7 +17,7 @@ Numbers over all ranks, 4 bytes each but for verdicts (8):
     bases joined      C·s·r(S-1): every rank sends its s/S rows of the basis to the S-1 others
     Gram matrices     s²(S-1), to the owner, in one copy of the model only
     bases             r(C·s - s/S): from the owner to the keepers of each slice
-    overlaps          2·C·r²(S-1): a ring sums what the slices of two bases overlap
+    overlaps          r²(S-1): what the slices of two bases overlap, to the owner, in one copy of the model only
     refresh verdicts  (N-1)(1+r): the indices drawn, to every rank
 
 An all-gather on gloo pads parts of unequal size: the formulas have s/S rounded up where it joins bases, l/N where it
@@ -136,7 +136,7 @@ def _expected_of_one(layout: str, ranks: int, shape: Shape, rank: int) -> Bytes:
         "bases joined": copies * shards * (shards - 1) * part * rank * FLOAT,
         "Gram matrices": (shards - 1) * short**2 * FLOAT,
         "bases": (copies * short - part) * rank * FLOAT,
-        "overlaps": ranks * (2 * (shards - 1) * rank**2 * FLOAT // shards),
+        "overlaps": (shards - 1) * rank**2 * FLOAT,
         "refresh verdicts": (ranks - 1) * (1 + rank) * VERDICT,
     }
 

@@ -140,7 +140,7 @@ class LowRankConfig:
         content = load_json(config)
         for key in content:
             if key != BLOCK and difflib.get_close_matches(str(key).lower(), [BLOCK], cutoff=0.8):
-                raise ValueError(f'unknown block "{key}" in the DeepSpeed configuration: did you mean "{BLOCK}"?')
+                raise ValueError(f'unknown block "{key}" in the configuration: did you mean "{BLOCK}"?')
         return cls.from_dict(content.get(BLOCK, {}))
 
     def replace(self, **overrides: Any) -> LowRankConfig:
@@ -160,7 +160,7 @@ class LowRankConfig:
 
 
 def load_json(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Content of a DeepSpeed configuration given as a mapping or as the path of a JSON file.
+    """Content of a configuration given as a mapping or as the path of a JSON file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -170,13 +170,13 @@ def load_json(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     path = Path(config)
     if not path.is_file():
-        raise FileNotFoundError(f"DeepSpeed configuration {str(path)!r} does not exist")
+        raise FileNotFoundError(f"configuration {str(path)!r} does not exist")
     try:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"DeepSpeed configuration {str(path)!r} is not valid JSON: {error}") from error
+        raise ValueError(f"configuration {str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"DeepSpeed configuration {str(path)!r} must hold a JSON object")
+        raise ValueError(f"configuration {str(path)!r} must hold a JSON object")
     return content
 
 

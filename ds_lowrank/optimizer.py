@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -163,7 +164,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             if name in taken or name in shapes:
                 raise ValueError(f"group {index}: the parameter name {name!r} is taken already: names must be unique")
             shapes[name] = whole_shape(parameter)
-            self._members.append(Member(name, parameter, shapes[name], index))
+            self._members.append(Member(name, weakref.ref(parameter), shapes[name], index))
         if group.get("rank") is not None:
             group.setdefault("scale", self.config.scale)
             self._specs += make_specs(index, group, shapes, self.config)

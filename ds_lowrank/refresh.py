@@ -246,7 +246,11 @@ class Refresher:
     def _sum_crosses(
         self, plans: Sequence[MatrixPlan], fresh: Mapping[str, Tensor], states: Mapping[str, MatrixState]
     ) -> dict[str, Tensor]:
-        """B_oldᵀ B_new (r × r) of every matrix, on every rank: the sum of what the slices of rows contribute."""
+        """B_oldᵀ B_new (r × r) of every matrix: the sum of what the slices of rows contribute.
+
+        Right on every rank that computes, if moments need it there; otherwise on the owner.
+        """
+        mates = set(self._comm.ranks.mates)
         crosses: dict[str, Tensor] = {}
         spread = [p for p in plans if p.spread]
         sums = torch.zeros(
@@ -262,7 +266,13 @@ class Refresher:
                     crosses[plan.name].copy_(cross)
                 else:
                     crosses[plan.name] = cross
-        if spread:
+        if not spread:
+            return crosses
+        if self._moments == "keep":  # only the owner reports how far the subspace has turned
+            coming = [self._comm.reduce(crosses[p.name], p.owner, "overlaps") for p in spread if p.owner in mates]
+            for pending in coming:
+                pending.wait()
+        else:
             self._comm.all_reduce(sums, "overlaps").wait()
         return crosses
 

@@ -117,6 +117,9 @@ class LowRankArguments:
     shard_projection: bool | None = HfArg(
         default=None, help="ranks that share a matrix keep a part of its basis each (true), or all of it (false)"
     )
+    layerwise: bool | None = HfArg(
+        default=None, help="step in the backward pass and free each gradient at once; needs --grad_clipping 0"
+    )
 
     def options(self, block: dict[str, Any], targets: list[str] | None) -> dict[str, Any]:
         """``block`` with the options and target modules that were given over it."""
@@ -171,6 +174,8 @@ class PretrainArguments(TrainingArguments):
     warmup_steps: float | None = HfArg(default=None, help="steps, or a share of all steps when below 1; default: 0.1")
     max_grad_norm: float = HfArg(default=1.0, aliases=["--grad_clipping"])
     adam_beta1: float = HfArg(default=0.9, aliases=["--beta1"])
+    # The Trainer's default searches every graph for parameters that a model like these does not have.
+    ddp_find_unused_parameters: bool | None = HfArg(default=False)
     optim: str = HfArg(default="adamw_torch", help="only read by --optimizer adamw and frozen")
     optim_target_modules: list[str] | None = field(
         default=None,

@@ -36,6 +36,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
 
 import ds_lowrank
+from ds_lowrank.integrations.transformers import check_layerwise
 from ds_lowrank.layouts import whole_shape
 
 
@@ -71,6 +72,8 @@ def set_up(argv: list[str]) -> tuple[PretrainTrainer, ds_lowrank.LowRankConfig]:
     data.train = _whole_steps(data.train, args)
     model = build_model(model_args, data_args, data.tokenizer, args.seed)
     config = low_rank_config(low_rank_options, args, model)
+    if config.layerwise:
+        check_layerwise(args)
     projected = ds_lowrank.projected_names(model, config)
     if args.optimizer == "frozen":
         freeze(model, projected)

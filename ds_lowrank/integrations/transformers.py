@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.integrations.deepspeed import build_optimizer, check_deepspeed_config
 from ds_lowrank.integrations.fsdp import check_fsdp_config
-from ds_lowrank.optimizer import LowRankAdamW, construction_checks
+from ds_lowrank.optimizer import LowRankAdamW, construction_checks, exclude_from_ddp
 from ds_lowrank.report import describe, unwrap
 
 _trainer_builds: ContextVar[bool] = ContextVar("_trainer_builds", default=False)
@@ -80,8 +80,15 @@ class _Factory:
             "eps": args.adam_epsilon,
             "weight_decay": args.weight_decay,
         }
+        config = config or LowRankConfig()
+        if config.layerwise:
+            check_layerwise(args)
+            config = config.replace(accumulation_steps=args.gradient_accumulation_steps)
         with _built_by_trainer():
-            return build_optimizer(model, config, **adamw)
+            optimizer = build_optimizer(model, config, **adamw)
+        if config.layerwise and deepspeed_config is None and not wants_fsdp(args) and args.world_size > 1:
+            exclude_from_ddp(model, optimizer)
+        return optimizer
 
 
 def wants_fsdp(args: Any) -> bool:
@@ -117,6 +124,23 @@ def check_trainer(trainer: Any, checkpoints: bool = True) -> None:
         )
     if checkpoints and not trainer.is_deepspeed_enabled:
         check_saving(args, args.world_size)
+
+
+def check_layerwise(args: Any) -> None:
+    """Refuse a clip of the gradient norm beside ``layerwise``.
+
+    Args:
+        args: the ``TrainingArguments``.
+
+    Raises:
+        ValueError: see above.
+    """
+    if args.max_grad_norm:
+        raise ValueError(
+            f"max_grad_norm = {args.max_grad_norm} cannot go with layerwise: the norm is known when the last gradient "
+            "has arrived, and by then the first are used and freed. Set max_grad_norm (--grad_clipping) to 0, or "
+            "leave layerwise out"
+        )
 
 
 def check_saving(args: Any, ranks: int) -> None:

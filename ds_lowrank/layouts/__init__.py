@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -47,20 +48,22 @@ def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> tuple[Lay
     Raises:
         LayoutError: the sharding is not supported; the text says what is.
     """
+    held = [(index, p) for index, group in enumerate(groups) for p in group["params"]]
+    replaced = [id(p) for _, p in held] != [id(m.reference()) for m in members]
+    if replaced and [index for index, _ in held] == [m.group for m in members]:
+        # accelerate shards a model after its optimizer was built and puts the new parameters into their places. A
+        # group of one parameter may have been flattened instead: then the shape tells.
+        swapped = [dataclasses.replace(m, reference=weakref.ref(p)) for m, (_, p) in zip(members, held)]
+        if all(whole_shape(m.parameter) == m.shape for m in swapped):
+            members, replaced = swapped, False
     for m in members:
         if not m.parameter.requires_grad:
             raise LayoutError(f"{m.name} {m.shape} was frozen after the optimizer was built: build it after freezing")
     if is_zero3(members):
         return Zero3Layout(members), list(members)
     check_partitioned(members)
-    held = [(index, p) for index, group in enumerate(groups) for p in group["params"]]
-    replaced = [id(p) for _, p in held] != [id(m.parameter) for m in members]
     if replaced and is_zero12(members):
         return ZeroLayout(members, groups), list(members)
-    if replaced and [index for index, _ in held] == [m.group for m in members]:
-        # accelerate shards a model after its optimizer was built and puts the new parameters into their places.
-        members = [dataclasses.replace(m, parameter=p) for m, (_, p) in zip(members, held)]
-        replaced = any(whole_shape(m.parameter) != m.shape for m in members)
     if any(type(p).__name__ == "FlatParameter" for p in [m.parameter for m in members] + [p for _, p in held]):
         raise LayoutError(
             "FSDP1 flattens parameters across matrices and is not supported: use FSDP2 (fully_shard; in the HF Trainer "

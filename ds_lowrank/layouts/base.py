@@ -6,6 +6,7 @@ of the weights and one of the gradient. Nothing above assumes that the weights a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -39,17 +40,35 @@ class Piece:
 class Member:
     """One parameter of the optimizer as the user gave it.
 
+    The parameter itself is not kept alive: where a model is sharded after its optimizer was built, the whole weights
+    are to be freed one by one.
+
     Attributes:
         name: unique name.
-        parameter: the model's own parameter object; replaced where a framework has swapped it for a sharded one.
+        reference: to the model's own parameter object; replaced where a framework has swapped it for a sharded one.
         shape: its whole shape.
         group: index of its parameter group.
     """
 
     name: str
-    parameter: nn.Parameter
+    reference: weakref.ref[nn.Parameter]
     shape: tuple[int, ...]
     group: int
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter.
+
+        Raises:
+            LayoutError: nothing else refers to it any more.
+        """
+        parameter = self.reference()
+        if parameter is None:
+            raise LayoutError(
+                f"{self.name} {self.shape} is gone: the model was deleted, or its parameters were replaced by others "
+                "than those in the optimizer's groups"
+            )
+        return parameter
 
 
 @dataclass

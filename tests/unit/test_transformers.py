@@ -208,6 +208,21 @@ def test_checkpoints_of_one_ranks_states_are_refused(tmp_path):
         check_saving(run.args, ranks=2)
 
 
+def test_layerwise_steps_in_the_backward_pass_and_refuses_a_clip(tmp_path):
+    choice = trainer_optimizer({"rank": 4, "layerwise": True})
+    with pytest.raises(ValueError, match=r"max_grad_norm = 1\.0 cannot go with layerwise.*--grad_clipping"):
+        trainer(tmp_path, choice).train()
+    weights = []
+    for option in (choice, trainer_optimizer({"rank": 4})):
+        torch.manual_seed(0)
+        run = trainer(tmp_path, option, [LowRankCallback()], max_grad_norm=0.0, gradient_accumulation_steps=2)
+        run.train()
+        weights.append({n: p.detach() for n, p in run.model.named_parameters()})
+    assert run.optimizer.optimizer.config.accumulation_steps == 1  # read with layerwise only
+    for name, weight in weights[0].items():
+        assert torch.allclose(weight, weights[1][name], rtol=0, atol=1e-6), name
+
+
 def test_bad_options_are_refused_at_once():
     with pytest.raises(ValueError, match="did you mean 'selection'"):
         trainer_optimizer({"selections": "importance"})
