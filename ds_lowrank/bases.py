@@ -50,7 +50,7 @@ class Bases:
                 found[plan.name] = part.view(count, plan.rank)
         for plan in plans:
             # Whoever keeps all of a basis gets it in slices too, joined once: a broadcast that uses every link evenly.
-            if not plan.spread and len(plan.witnesses(plan.owner)) > 1:
+            if not plan.spread and len(plan.witnesses) > 1:
                 whole = self._join(plan, found.pop(plan.name, None)).wait()
                 if whole is not None:
                     found[plan.name] = whole

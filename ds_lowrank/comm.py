@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -162,7 +162,9 @@ class Comm:
         if self.ranks.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.ranks.size
-        with self._named("all-gather", purpose):
+        # torch takes the current device for objects, which need not be this rank's.
+        on_device = torch.cuda.device(self.ranks.device) if self.ranks.device.type == "cuda" else nullcontext()
+        with self._named("all-gather", purpose), on_device:
             dist.all_gather_object(gathered, value, group=self.ranks.process_group)
         return gathered
 

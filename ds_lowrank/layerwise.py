@@ -8,6 +8,7 @@ matrix that is due accumulates its gradient in full for that step, since its nex
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState
 from ds_lowrank.step import Groups, LowRankStep
+
+_HOOK = "_ds_lowrank_hook"
 
 
 class Layerwise:
@@ -62,7 +65,12 @@ class Layerwise:
         self._stepped: set[str] = set()  # parameters that are done with before step()
         self._waiting: dict[str, tuple[Tensor, list[MatrixPlan]]] = {}
         for name, parameter in parameters.items():
-            parameter.register_post_accumulate_grad_hook(partial(self._ready, name))
+            # A hook outlives its optimizer: only the newest one of a parameter may step it, and none that is gone.
+            before = getattr(parameter, _HOOK, None)
+            if before is not None:
+                before.remove()
+            hook = partial(_call, weakref.WeakMethod(self._ready), name)
+            setattr(parameter, _HOOK, parameter.register_post_accumulate_grad_hook(hook))
 
     def remaining(self, plans: Sequence[MatrixPlan]) -> list[MatrixPlan]:
         """Those of ``plans`` that have not stepped in the backward pass; the next pass begins anew."""
@@ -72,10 +80,19 @@ class Layerwise:
         self._waiting.clear()
         return left
 
+    def forget(self) -> None:
+        """Begin a backward pass anew: what has been accumulated is dropped."""
+        self._stepper.forget()
+        self._stepped.clear()
+        self._waiting.clear()
+
     @torch.no_grad()
     def _ready(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is None:
             return
+        if parameter.grad.device.type == "cpu" and torch.cuda.is_available():
+            # Before torch knew of hooks here it copied an offloaded gradient to the CPU without waiting for it.
+            torch.cuda.current_stream().synchronize()
         plans = self._plans_of.get(name)
         if self._average is not None:
             self._average(parameter.grad)
@@ -86,7 +103,8 @@ class Layerwise:
         if name in self._stepped:
             raise RuntimeError(
                 f"{name} has a second gradient before step(), but with layerwise it has made its step already: set "
-                "accumulation_steps to the number of backward passes a step"
+                "accumulation_steps to the number of backward passes a step (and use no gradient scaler: it cannot "
+                "take a step back)"
             )
         self._stepped.add(name)
         if plans is None:
@@ -116,3 +134,9 @@ class Layerwise:
         if not any(p.name in states and self._stepper.is_due(p, states) for p in plans):
             self._stepper.accumulate(plans, states)
             parameter.grad = None
+
+
+def _call(method: weakref.WeakMethod, name: str, parameter: Tensor) -> None:
+    alive = method()
+    if alive is not None:
+        alive(name, parameter)

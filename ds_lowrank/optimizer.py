@@ -144,6 +144,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._refresher: Refresher | None = None
         self._layerwise: Layerwise | None = None
         self._gradients_checked = False
+        self._warned = False
+        self._complete: dict[str, MatrixState] | None = None  # the states that need no further look
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group before the first step. See the class for what a group may hold."""
@@ -222,10 +224,11 @@ class LowRankAdamW(torch.optim.Optimizer):
         if self._layout is None:
             self._find_layout()
         states = self.state[STATE_KEY]  # type: ignore[index]
+        if states is self._complete:
+            return
         if self._loaded:
             self._adopt_loaded(states)
-        if all(plan.name in states for plan in self._stateful):
-            return
+        self._complete = states
         assert self._stepper is not None
         for plan in self._stateful:
             if plan.name not in states:
@@ -242,11 +245,21 @@ class LowRankAdamW(torch.optim.Optimizer):
             if plan.name in states:
                 fault = self._stepper.fit_state(plan, states[plan.name])
                 wrong += [fault] if fault else []
-        for rank, faults in enumerate(self._comm.gather_objects(wrong[:1])):
+        # Ranks that disagree about what is born or due would wait for each other for ever.
+        counters = {
+            p.name: (states[p.name]["step"], states[p.name]["refreshes"]) if p.name in states else (0, 0)
+            for p in self._stateful
+            if p.shared and not wrong
+        }
+        answers = self._comm.gather_objects((wrong[:1], counters))
+        for rank, (faults, theirs) in enumerate(answers):
+            if not faults and not answers[0][0] and theirs != answers[0][1]:
+                name = next(n for n, count in theirs.items() if count != answers[0][1][n])
+                faults = [f"of {name} it has made {theirs[name][0]} steps, rank 0 {answers[0][1][name][0]}"]
             if faults:
                 raise ValueError(
                     f"the loaded optimizer state does not fit this run (rank {rank}): {faults[0]}. Resume with the "
-                    "same model, rank, rank_pattern, optim_target_modules and number of ranks"
+                    "same model, rank, rank_pattern, optim_target_modules and number of ranks, each rank its own state"
                 )
         missing = [plan.name for plan in self._stateful if plan.name not in states]
         if missing and len(self.state) > 1:  # accelerate loads the empty state that it took from here
@@ -309,7 +322,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             {m.name: m.parameter for m in members},
             self._plans,
             stepper,
-            lambda: self.state[STATE_KEY],  # type: ignore[index]
+            self._adopted_states,
             lambda: dict(enumerate(self._all_groups)),
             lambda name, parameter: step_full_rank(
                 {**self._all_groups[self._group_of[name]], "params": [parameter]}, self.state
@@ -318,6 +331,10 @@ class LowRankAdamW(torch.optim.Optimizer):
             self.config.wave_size,
             self.config.accumulation_steps,
         )
+
+    def _adopted_states(self) -> dict[str, MatrixState]:
+        self.ensure_state()  # a state may have been loaded since
+        return self.state[STATE_KEY]  # type: ignore[index]
 
     def _average(self, gradient: Tensor) -> None:
         self._comm.all_reduce(gradient, "gradients").wait().div_(self._comm.ranks.size)
@@ -342,6 +359,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         assert self._stepper is not None
         assert self._layout is not None
         self._check_gradients()
+        frozen = {m.name for m in self._members if not m.parameter.requires_grad}
         stepping: set[str] = set()
         groups: dict[int, dict[str, Any]] = {}
         lowrank = {plan.group for plan in self._plans}
@@ -349,7 +367,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             names = [name for tensor in group["params"] for name in self._layout.names_in(tensor)]
             index = self._group_of[names[0]] if names else -1
             if index in lowrank:
-                stepping.update(names)
+                stepping.update(name for name in names if name not in frozen)
                 groups[index] = group
             elif names:
                 step_full_rank(group, self.state)
@@ -360,14 +378,29 @@ class LowRankAdamW(torch.optim.Optimizer):
         return loss
 
     def _check_gradients(self) -> None:
-        """At the first step: ranks that hold whole parameters each must have been given the same gradients."""
+        """At the first step that has gradients: ranks that hold whole parameters must have been given the same."""
         assert self._layout is not None
-        if self._gradients_checked:
+        if self._gradients_checked or not self._layout.steps_alone:
             return
-        self._gradients_checked = True
+        found = any(self._layout.grad(name) is not None for name in self._layout.pieces)
         if self._layout.dealt:
-            found = self._comm.gather_objects(self._layout.checksums("gradients"))
-            check_equal(found, "gradients", "nobody averages them. Wrap the model in DistributedDataParallel")
+            everywhere = self._comm.gather_objects((found, self._layout.checksums("gradients")))
+            found = any(there for there, _ in everywhere)
+            remedy = "nobody averages them. Wrap the model in DistributedDataParallel"
+            check_equal([checksums for _, checksums in everywhere], "gradients", remedy)
+        self._gradients_checked = found or self._layerwise is not None
+        if not self._gradients_checked and not self._warned:
+            self._warned = True
+            logger.warning(
+                "step() was called and no parameter of the optimizer has a gradient: nothing moves. If the model was "
+                "sharded (fully_shard) or replaced after the optimizer was built, build the optimizer after it"
+            )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients; with ``layerwise`` also what was accumulated in their place."""
+        super().zero_grad(set_to_none)
+        if getattr(self, "_layerwise", None) is not None:
+            self._layerwise.forget()  # type: ignore[union-attr]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by ``load_state_dict``, which makes new group dicts: go on with those.
@@ -379,6 +412,9 @@ class LowRankAdamW(torch.optim.Optimizer):
         if hasattr(self, "_specs"):
             self._all_groups = self.param_groups
             self._loaded = True
+            self._complete = None
+            if self._layerwise is not None:
+                self._layerwise.forget()
             for group, options in zip(self.param_groups, self._group_options):
                 group.update(options)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.geometry import matrix_shape
-from ds_lowrank.layouts import whole_shape
+from ds_lowrank.layouts import bare_model, whole_shape
 
 # A decoder layer's index: the first whole number between dots in a parameter's name.
 _LAYER = re.compile(r"^(.*?\.)?\d+(?=\.)")
@@ -77,6 +77,7 @@ def find_targets(model: nn.Module, config: LowRankConfig) -> list[Target]:
         ValueError: a pattern of ``optim_target_modules`` or ``rank_pattern`` matches nothing, or something that is no
             matrix, or a rank is larger than both sides of a weight.
     """
+    model = bare_model(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing is projected: every parameter of the model is frozen")
     candidates = [c for c in _candidates(model) if c.parameter.requires_grad]
@@ -249,9 +250,7 @@ def clean_name(name: str) -> str:
 
 def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters under the names that the bare model gives them."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return [(clean_name(name), parameter) for name, parameter in model.named_parameters()]
+    return [(clean_name(name), parameter) for name, parameter in bare_model(model).named_parameters()]
 
 
 def _embeddings_and_heads(model: nn.Module) -> set[nn.Module]:

@@ -18,6 +18,8 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -93,17 +95,17 @@ class MatrixPlan:
         """Length of the projected dimension."""
         return self.shape[1] if self.side == "right" else self.shape[0]
 
-    @property
+    @cached_property
     def computing(self) -> list[int]:
         """Ranks that compute rows of it."""
         return [k for k, share in enumerate(self.shares) if share is not None]
 
-    @property
+    @cached_property
     def shared(self) -> bool:
         """Whether more than one rank holds elements of it: then, and only then, its steps may communicate."""
         return sum(part is not None for part in self.parts) > 1
 
-    @property
+    @cached_property
     def moves(self) -> bool:
         """Whether rows have to be brought together from several ranks before they can be computed."""
         return any(share is not None and share.buffer is not None for share in self.shares)
@@ -113,9 +115,10 @@ class MatrixPlan:
         rows = self.slices[rank]
         return 0 if rows is None else rows[1] - rows[0] if self.spread else self.short
 
-    def witnesses(self, owner: int) -> list[int]:
+    @cached_property
+    def witnesses(self) -> list[int]:
         """The ranks whose rows make up the matrix once: those that compute it in the owner's copy of the model."""
-        return [k for k in self.computing if self.copy[k] == self.copy[owner]]
+        return [k for k in self.computing if self.copy[k] == self.copy[self.owner]]
 
 
 def work_dtype(parameter_dtype: torch.dtype) -> torch.dtype:
@@ -199,24 +202,23 @@ def make_plan(
     return _with_owners(plans)
 
 
-def check_equal(checksums: Sequence[dict[str, object] | None], what: str, remedy: str) -> None:
+def check_equal(checksums: Sequence[dict[tuple[str, Any], Any] | None], what: str, remedy: str) -> None:
     """Refuse ranks that were promised to hold the same.
 
     Args:
-        checksums: of every rank, by parameter name; ``None`` without such a promise.
+        checksums: of every rank, by parameter name and what of it the rank holds; ``None`` without such a promise.
         what: ``weights`` or ``gradients``.
         remedy: what to do about it.
 
     Raises:
         LayoutError: naming the first parameter that differs.
     """
-    first = checksums[0]
-    for rank, other in enumerate(checksums):
-        if first is None or other is None:
-            return
-        for name, value in first.items():
-            if other[name] != value:
-                raise LayoutError(f"the {what} of {name} differ between rank 0 and rank {rank}: {remedy}")
+    first: dict[tuple[str, Any], tuple[int, Any]] = {}
+    for rank, found in enumerate(checksums):
+        for key, value in (found or {}).items():
+            before, known = first.setdefault(key, (rank, value))
+            if known != value:
+                raise LayoutError(f"the {what} of {key[0]} differ between rank {before} and rank {rank}: {remedy}")
 
 
 def _schedule(specs: Sequence[MatrixSpec], stagger: bool, wave_size: int) -> list[tuple[int, int]]:

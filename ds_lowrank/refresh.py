@@ -178,11 +178,12 @@ class Refresher:
     def _refresh_shared(
         self,
         plans: Sequence[MatrixPlan],
-        totals: Mapping[str, Pending[Tensor]],
+        totals: dict[str, Pending[Tensor]],
         states: Mapping[str, MatrixState],
     ) -> None:
         """Decompose what is owned here; verdicts to everyone, slices of bases to those who compute."""
-        drawn = {name: self._draw(p, totals[name].wait(), states[name]) for p in plans if (name := p.name) in totals}
+        # Taken out one by one: a Gram is gone when it has been decomposed.
+        drawn = {n: self._draw(p, totals.pop(n).wait(), states[n]) for p in plans if (n := p.name) in totals}
         verdicts = self._tell(plans, drawn)
         fresh = [p for p in plans if verdicts[p.name].fresh]
         if not fresh:
@@ -203,7 +204,7 @@ class Refresher:
         few = []
         before: Pending[Tensor] | None = None
         for plan in plans:
-            if len(plan.witnesses(plan.owner)) != len(mates):
+            if len(plan.witnesses) != len(mates):
                 few.append(plan)
             elif plan.owner in mates:  # other copies of the model have the same gradient and leave it to this one
                 summing = self._comm.reduce(self._gram(plan, blocks), plan.owner, "Gram matrices")
@@ -222,10 +223,10 @@ class Refresher:
     ) -> dict[str, Pending[Tensor]]:
         """The same where few ranks hold a matrix: only they send. Summed in rank order."""
         everyone = range(self._comm.ranks.size)
-        mine = {p.name: self._gram(p, blocks) for p in plans if self._rank in p.witnesses(p.owner)}
+        mine = {p.name: self._gram(p, blocks) for p in plans if self._rank in p.witnesses}
         send = [[mine[p.name] for p in plans if p.owner == k and p.name in mine] for k in everyone]
         owned = [p for p in plans if p.owner == self._rank]
-        coming = [[p for p in owned if k in p.witnesses(p.owner)] for k in everyone]
+        coming = [[p for p in owned if k in p.witnesses] for k in everyone]
         arriving = self._comm.exchange(
             send, [sum(p.short**2 for p in c) for c in coming], self._gram_dtype, "Gram matrices"
         )
@@ -235,7 +236,7 @@ class Refresher:
             for parts, values in zip(coming, arriving.wait()):
                 for plan, part in zip(parts, values.split([p.short**2 for p in parts])):
                     square = part.view(plan.short, plan.short)
-                    sums[plan.name] = sums[plan.name].add_(square) if plan.name in sums else square
+                    sums[plan.name] = sums[plan.name].add_(square) if plan.name in sums else square.clone()
             return sums
 
         summing = Pending(totals)

@@ -31,6 +31,7 @@ class Rows:
         self._comm = comm
         self._rank = comm.ranks.rank
         self._device = comm.ranks.device
+        self._routes: dict[tuple[str, str], tuple[list[tuple[int, Box]], list[tuple[int, Box]]]] = {}
 
     def collect(self, plans: Sequence[MatrixPlan], gradient: Memory) -> Pending[Blocks]:
         """Bring the rows of A together that this rank computes. Collective when rows of one of ``plans`` move.
@@ -137,18 +138,24 @@ class Rows:
         """Send every part of my ``source`` boxes to the ranks of my copy whose ``target`` boxes contain it."""
         if not plans:
             return done({})
-        mates = set(self._comm.ranks.mates)
         everyone = range(self._comm.ranks.size)
-        mine = self._rank
-        send = [
-            [read(p, box) for p in plans for box in _meets(source(p, mine), target(p, k))] if k in mates else []
-            for k in everyone
-        ]
-        coming = [
-            [(p, box) for p in plans for box in _meets(source(p, k), target(p, mine))] if k in mates else []
-            for k in everyone
-        ]
-        exchange = self._comm.exchange(send, [sum(b.numel for _, b in c) for c in coming], plans[0].dtype, purpose)
+        outgoing: list[list[Tensor]] = [[] for _ in everyone]
+        coming: list[list[tuple[MatrixPlan, Box]]] = [[] for _ in everyone]
+        for plan in plans:
+            # The same in every step, and most ranks have nothing for each other.
+            key = (plan.name, purpose)
+            if key not in self._routes:
+                mine = self._rank
+                self._routes[key] = (
+                    [(k, b) for k in self._comm.ranks.mates for b in _meets(source(plan, mine), target(plan, k))],
+                    [(k, b) for k in self._comm.ranks.mates for b in _meets(source(plan, k), target(plan, mine))],
+                )
+            to, origin = self._routes[key]
+            for rank, box in to:
+                outgoing[rank].append(read(plan, box))
+            for rank, box in origin:
+                coming[rank].append((plan, box))
+        exchange = self._comm.exchange(outgoing, [sum(b.numel for _, b in c) for c in coming], plans[0].dtype, purpose)
 
         def boxes() -> dict[str, list[tuple[Box, Tensor]]]:
             found: dict[str, list[tuple[Box, Tensor]]] = {}

@@ -25,6 +25,9 @@ Groups = Mapping[int, Mapping[str, Any]]
 # Numbers that travel together: enough to hide latencies, little beside a model that needs sharding.
 BATCH_NUMBERS = 1 << 24
 
+# Numbers in a matrix's state that say where its tensors belong.
+_PLACE = ("left", "row", "basis_row")
+
 
 class LowRankStep:
     """Steps projected matrices.
@@ -51,7 +54,8 @@ class LowRankStep:
 
         Keys: ``step`` (steps made; 0 until the first non-zero gradient), ``refreshes``; where rows are computed also
         ``exp_avg``, ``exp_avg_sq`` (rows × r), ``basis`` (kept rows × r) in ``plan.dtype`` and ``indices`` (r,
-        int32), on the device of the weights. Of a shared matrix every rank keeps the two numbers.
+        int32), on the device of the weights, and where these lie in the whole: ``left`` (1 where A = Wᵀ), ``row`` (the
+        first of A), ``basis_row`` (the first of the basis). Of a shared matrix every rank keeps the first two.
         """
         share = plan.shares[self._rank]
         if share is None and not plan.shared:
@@ -62,6 +66,8 @@ class LowRankStep:
             for key, count in rows.items():
                 state[key] = torch.zeros(count, plan.rank, dtype=plan.dtype, device=self._home(plan))
             state["indices"] = torch.full((plan.rank,), -1, dtype=torch.int32)
+            kept = plan.slices[self._rank] if plan.spread else None
+            state.update(left=int(plan.side == "left"), row=share.start, basis_row=0 if kept is None else kept[0])
         return state
 
     def fit_state(self, plan: MatrixPlan, state: MatrixState) -> str | None:
@@ -76,6 +82,11 @@ class LowRankStep:
                     is_like = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else repr(found)
                     return f"{key} of {plan.name} {plan.shape} is {is_like}, not {tuple(value.shape)} {value.dtype}"
                 state[key] = found.to(value.device)
+            elif key in _PLACE and found != value:
+                return (
+                    f"{plan.name} {plan.shape} holds {key} {found} where this rank needs {value}: it is another rank's "
+                    "state, or another side was projected"
+                )
         return None
 
     def run(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState], groups: Groups) -> None:
@@ -86,9 +97,10 @@ class LowRankStep:
             states: name -> state, see :meth:`new_state`.
             groups: their hyper-parameters: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``.
         """
-        # On one process a missing gradient means no step, as in torch's optimizers. Where a matrix is shared it counts
-        # as zero, as DeepSpeed delivers it: ranks may differ in what has one, and the collectives must not.
-        plans = [p for p in plans if p.shared or p.name in self._projected or self._has_gradient(p)]
+        # On one process and under DDP, which gives all ranks the same gradients, a missing one means no step, as in
+        # torch's optimizers. Where a model is sharded it counts as zero, as DeepSpeed delivers it: ranks may differ in
+        # what has one, and the collectives must not.
+        plans = [p for p in plans if (p.shared and not p.dealt) or p.name in self._projected or self._has_gradient(p)]
         due = [p for p in plans if p.name in states and self.is_due(p, states)]
         waiting = {p.name for p in due}
         for wave in _waves(due):
@@ -119,6 +131,10 @@ class LowRankStep:
             before = self._projected.get(plan.name)
             self._projected[plan.name] = product if before is None or product is None else before.add_(product)
 
+    def forget(self) -> None:
+        """Drop accumulated projections."""
+        self._projected.clear()
+
     def is_due(self, plan: MatrixPlan, states: Mapping[str, MatrixState]) -> bool:
         """Whether a matrix refreshes its subspace before its next step."""
         return is_due(int(states[plan.name]["step"]), plan.phase, plan.gap)
@@ -130,7 +146,7 @@ class LowRankStep:
             plans: see :meth:`run`; the shared ones are the same on all ranks.
             states, groups: see :meth:`run`.
         """
-        for dtype in dict.fromkeys(p.dtype for p in plans):
+        for dtype in sorted({p.dtype for p in plans}, key=str):  # the same order on all ranks
             wave = [p for p in plans if p.dtype == dtype]
             rows = self._rows.collect(wave, self._gradient).wait()
             self._refresher.run(wave, rows, states)
@@ -266,7 +282,7 @@ def _batches(plans: Sequence[MatrixPlan]) -> Iterator[list[MatrixPlan]]:
     batch: list[MatrixPlan] = []
     numbers = 0
     for plan in plans:
-        travelling = plan.shape[0] * plan.shape[1] // (1 if plan.dealt else len(plan.parts))
+        travelling = plan.shape[0] * plan.shape[1] // (1 if plan.dealt else plan.copy.count(plan.copy[0]))
         cost = travelling if plan.moves or plan.dealt else 0
         if batch and (numbers + cost > BATCH_NUMBERS or plan.dtype != batch[0].dtype):
             yield batch

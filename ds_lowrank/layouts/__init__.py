@@ -6,7 +6,8 @@ import dataclasses
 import weakref
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ds_lowrank.layouts.base import Group, Layout, LayoutError, Member, Piece, Ranks
 from ds_lowrank.layouts.ddp import ReplicatedLayout, check_excluded, ignore_in_ddp
@@ -21,6 +22,7 @@ __all__ = [
     "Member",
     "Piece",
     "Ranks",
+    "bare_model",
     "check_excluded",
     "find_layout",
     "ignore_in_ddp",
@@ -33,6 +35,15 @@ __all__ = [
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Shape of a parameter that a framework may have partitioned already: ``zero.Init`` leaves it empty."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile, in whatever order they were applied."""
+    while True:
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> tuple[Layout, list[Member]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -97,7 +98,7 @@ class Ranks:
             self.copy = (0,) * self.size
             self.copy_group = self.process_group
 
-    @property
+    @cached_property
     def mates(self) -> list[int]:
         """The ranks that share this rank's copy of the model, itself included, ascending."""
         return [k for k in range(self.size) if self.copy[k] == self.copy[self.rank]]
@@ -152,10 +153,11 @@ class Layout(Protocol):
         """``None`` if every piece's weights equal the model's own, else what differs. No communication."""
         ...
 
-    def checksums(self, what: str) -> Any:
-        """Something that must be equal on all ranks: of the ``"weights"``, or at the first step the ``"gradients"``.
+    def checksums(self, what: str) -> dict[tuple[str, Any], Any] | None:
+        """What must be equal on all ranks that have the same keys (parameter name and what is held of it).
 
-        ``None`` where the layout makes no such promise.
+        Of the ``"weights"``, or at the first step of the ``"gradients"`` (``None`` for a missing one). ``None`` where
+        the layout makes no such promise.
         """
         ...
 
@@ -178,6 +180,12 @@ class Tensors:
                 "(the first step): prepare model and optimizer first"
             )
         return self._names[id(tensor)]
+
+
+def checksum(tensor: Tensor) -> int:
+    """Sum of the bits of a contiguous tensor as whole numbers: exact, whatever the order, the device and the values."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(tensor.detach().view(kinds[tensor.element_size()]).sum(dtype=torch.int64))
 
 
 def same_device(members: Mapping[str, Tensor]) -> torch.device:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_lowrank.layouts.base import LayoutError, Member, Piece, Ranks, Tensors, same_device
+from ds_lowrank.layouts.base import LayoutError, Member, Piece, Ranks, Tensors, checksum, same_device
 
 
 class ReplicatedLayout:
@@ -56,13 +56,11 @@ class ReplicatedLayout:
     def mismatch(self) -> str | None:  # noqa: D102
         return None
 
-    def checksums(self, what: str) -> Any:  # noqa: D102
+    def checksums(self, what: str) -> dict[tuple[str, Any], Any] | None:  # noqa: D102
         if not self.dealt:
             return None
         values = {n: m.parameter.data if what == "weights" else m.parameter.grad for n, m in self._members.items()}
-        return {
-            n: None if t is None else (float(t.double().sum()), float(t.double().norm())) for n, t in values.items()
-        }
+        return {(n, None): None if t is None else checksum(t.contiguous()) for n, t in values.items()}
 
 
 def ignore_in_ddp(model: nn.Module, parameters: Sequence[Tensor]) -> None:
@@ -87,8 +85,3 @@ def check_excluded(members: Sequence[Member]) -> None:
                 f"layerwise on several ranks averages the gradient of {m.name} {m.shape} itself: call "
                 "ds_lowrank.exclude_from_ddp(model, optimizer) before the model is wrapped in DistributedDataParallel"
             )
-
-
-def _checksum(tensor: Tensor) -> tuple[float, float]:
-    wide = tensor.double()
-    return float(wide.sum()), float(wide.norm())

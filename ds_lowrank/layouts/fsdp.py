@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from ds_lowrank.layouts.base import LayoutError, Member, Piece, Ranks, Tensors, same_device
+from ds_lowrank.layouts.base import LayoutError, Member, Piece, Ranks, Tensors, checksum, same_device
 from ds_lowrank.subspace.sides import projected_side
 
 
@@ -122,8 +122,11 @@ class Fsdp2Layout:
                 )
         return None
 
-    def checksums(self, what: str) -> Any:  # noqa: D102
-        return None
+    def checksums(self, what: str) -> dict[tuple[str, Any], Any] | None:  # noqa: D102
+        if what != "weights" or len(set(self.ranks.copy)) == 1:
+            return None
+        # fully_shard does not broadcast over copies of the model.
+        return {(name, piece): checksum(self.weight(name)) for name, piece in self.pieces.items()}
 
 
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:

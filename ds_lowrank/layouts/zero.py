@@ -87,7 +87,7 @@ class ZeroLayout:
                 )
         return None
 
-    def checksums(self, what: str) -> Any:  # noqa: D102
+    def checksums(self, what: str) -> None:  # noqa: D102
         return None
 
 

@@ -98,7 +98,7 @@ class Zero3Layout:
                 )
         return None
 
-    def checksums(self, what: str) -> Any:  # noqa: D102
+    def checksums(self, what: str) -> None:  # noqa: D102
         return None
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def fix_signs(vectors: Tensor) -> Tensor:
@@ -44,7 +48,9 @@ def spectrum(gram: Tensor) -> tuple[Tensor, Tensor] | None:
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor] | None:
     try:
         values, vectors = torch.linalg.eigh(gram)
-    except RuntimeError:  # LinAlgError, or what a GPU's solver raises: the owner's verdict must reach the other ranks
+    except RuntimeError as error:  # LinAlgError, or a GPU's solver: the owner's verdict must reach the other ranks
+        if isinstance(error, torch.OutOfMemoryError):
+            logger.warning("out of memory in the decomposition of a %d x %d Gram matrix", *gram.shape)
         return None
     finite = bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all())
     return (values, vectors) if finite else None

@@ -96,3 +96,49 @@ def _without_exclusion(case: Case) -> str:
     except ds_lowrank.LayoutError as error:
         return str(error)
     return "no error"
+
+
+def _weights_and_loss(**options):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(6, 4))
+    optimizer = ds_lowrank.LowRankAdamW([{"params": [("w", weight)], "rank": 2}], lr=0.1, layerwise=True, **options)
+    optimizer.ensure_state()
+    return weight, optimizer, lambda: (weight * torch.randn(6, 4)).sum().backward()
+
+
+def test_zero_grad_drops_what_was_accumulated():
+    found = []
+    for thrown_away in (False, True):
+        weight, optimizer, backward = _weights_and_loss(accumulation_steps=2, update_proj_gap=100)
+        for _ in range(2):
+            backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if thrown_away:
+            (weight * 100.0).sum().backward()
+            optimizer.zero_grad()
+        backward()
+        optimizer.step()
+        found.append(weight.detach())
+    assert torch.equal(*found)
+
+
+def test_only_the_newest_optimizer_of_a_parameter_steps_it():
+    weight, old, backward = _weights_and_loss()
+    new = ds_lowrank.LowRankAdamW([{"params": [("w", weight)], "rank": 2}], lr=0.0, layerwise=True)
+    new.ensure_state()
+    before = weight.detach().clone()
+    backward()
+    assert torch.equal(weight, before)
+    assert new.state["lowrank"]["w"]["step"] == 1
+    assert old.state["lowrank"]["w"]["step"] == 0
+
+
+def test_a_state_loaded_before_a_backward_pass_is_taken_over_there():
+    _, optimizer, backward = _weights_and_loss()
+    backward()
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    optimizer.zero_grad()
+    backward()
+    assert optimizer.state["lowrank"]["w"]["step"] == 2

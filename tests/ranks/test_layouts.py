@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
-from cases import Case, run_case
-from harness import LAYOUTS
+import torch
+from cases import Case, arguments, build_model, run_case
+from harness import LAYOUTS, start
 
 MANY_RANKS = [layout for layout in LAYOUTS if layout != "one"]
+PERSISTENT = {"zero": {"stage3_param_persistence_threshold": 10_000}}
 COLUMNS = {"layout": "fsdp2", "wide_on_columns": True, "shapes": "columns"}
 
 
@@ -69,6 +73,7 @@ def test_wide_matrices_sharded_by_columns_move_nothing(pools, layout, ranks):
         pytest.param({**COLUMNS, "proj_type": "reverse_std"}, id="fsdp2-columns-of-tall"),
         pytest.param({"layout": "fsdp2", "offload": True}, id="fsdp2-offload"),
         pytest.param({"layout": "zero3", "dtype": "bf16", "offload": True}, id="zero3-offload"),
+        pytest.param({"layout": "zero3", **PERSISTENT}, id="zero3-persistent-parameters"),
         pytest.param({"layout": "zero3", "shard_projection": False, "moments": "project"}, id="zero3-whole-bases"),
         pytest.param({"layout": "hsdp", "shard_projection": False}, id="hsdp-whole-bases"),
         pytest.param({"layout": "hsdp", "moments": "project", "selection": "dominant"}, id="hsdp-project"),
@@ -97,3 +102,21 @@ def test_a_free_running_trajectory_is_the_same_everywhere(pools, ranks):
     for layout in ("ddp", "fsdp2", "hsdp"):
         result = pools(ranks).run(run_case, Case(layout=layout, dtype="fp64"), with_free=True)[0]
         assert result["free_deviation"] < 1e-12, layout
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero3", "fsdp2", "hsdp"])
+def test_the_same_run_twice_is_bitwise_the_same(pools, layout):
+    first, second = (pools(4).run(_weights, Case(layout=layout, steps=6)) for _ in range(2))
+    assert first == second
+
+
+def _weights(case: Case) -> str:
+    run = start(case, build_model(case))
+    rank = torch.distributed.get_rank()
+    for step in range(case.steps):
+        run.step([arguments(case, step, micro, rank) for micro in range(case.accumulation)])
+    digest = hashlib.sha256()
+    for name in sorted(run.optimizer.layout.pieces):
+        digest.update(run.optimizer.layout.weight(name).detach().numpy().tobytes())
+    run.close()
+    return digest.hexdigest()

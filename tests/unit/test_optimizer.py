@@ -354,3 +354,13 @@ def test_non_contiguous_weights_are_refused_by_name():
     optimizer = LowRankAdamW([{"params": [("w", nn.Parameter(torch.randn(6, 8).mT))], "rank": 2}])
     with pytest.raises(LayoutError, match=r"w \(8, 6\) is not contiguous"):
         optimizer.ensure_state()
+
+
+def test_a_step_without_any_gradient_says_what_may_be_wrong(caplog):
+    """As after fully_shard, when the optimizer was built before it."""
+    optimizer = make(parameters())
+    with caplog.at_level(logging.WARNING):
+        optimizer.step()
+        optimizer.step()
+    assert [r.message for r in caplog.records if "no parameter of the optimizer has a gradient" in r.message] != []
+    assert len(caplog.records) == 1
