@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -222,59 +222,66 @@ class Refresher:
         self, plans: Sequence[MatrixPlan], blocks: Mapping[str, Sequence[Tensor]]
     ) -> dict[str, Pending[Tensor]]:
         """The same where few ranks hold a matrix: only they send. Summed in rank order."""
-        everyone = range(self._comm.ranks.size)
         mine = {p.name: self._gram(p, blocks) for p in plans if self._rank in p.witnesses}
-        send = [[mine[p.name] for p in plans if p.owner == k and p.name in mine] for k in everyone]
+        summing = self._sum_on_owners(plans, mine, lambda p: p.short, self._gram_dtype, "Gram matrices")
+        owned = [p.name for p in plans if p.owner == self._rank]
+        if not owned:
+            summing.wait()  # its part is done when what it sends has left
+        return {name: Pending(lambda name=name: summing.wait().pop(name)) for name in owned}  # type: ignore[misc]
+
+    def _sum_on_owners(
+        self,
+        plans: Sequence[MatrixPlan],
+        mine: Mapping[str, Tensor],
+        side: Callable[[MatrixPlan], int],
+        dtype: torch.dtype,
+        purpose: str,
+    ) -> Pending[dict[str, Tensor]]:
+        """Square matrices added up on the owners, from the ranks in their copy of the model, in rank order."""
+        everyone = range(self._comm.ranks.size)
+        send = [[mine[p.name] for p in plans if p.owner == k and self._rank in p.witnesses] for k in everyone]
         owned = [p for p in plans if p.owner == self._rank]
         coming = [[p for p in owned if k in p.witnesses] for k in everyone]
-        arriving = self._comm.exchange(
-            send, [sum(p.short**2 for p in c) for c in coming], self._gram_dtype, "Gram matrices"
-        )
+        arriving = self._comm.exchange(send, [sum(side(p) ** 2 for p in c) for c in coming], dtype, purpose)
 
         def totals() -> dict[str, Tensor]:
             sums: dict[str, Tensor] = {}
             for parts, values in zip(coming, arriving.wait()):
-                for plan, part in zip(parts, values.split([p.short**2 for p in parts])):
-                    square = part.view(plan.short, plan.short)
+                for plan, part in zip(parts, values.split([side(p) ** 2 for p in parts])):
+                    square = part.view(side(plan), side(plan))
                     sums[plan.name] = sums[plan.name].add_(square) if plan.name in sums else square.clone()
             return sums
 
-        summing = Pending(totals)
-        if not owned:
-            summing.wait()  # its part is done when what it sends has left
-        return {p.name: Pending(lambda name=p.name: summing.wait()[name]) for p in owned}  # type: ignore[misc]
+        return Pending(totals)
 
     def _sum_crosses(
         self, plans: Sequence[MatrixPlan], fresh: Mapping[str, Tensor], states: Mapping[str, MatrixState]
     ) -> dict[str, Tensor]:
-        """B_oldᵀ B_new (r × r) of every matrix: the sum of what the slices of rows contribute.
-
-        Right on every rank that computes, if moments need it there; otherwise on the owner.
+        """B_oldᵀ B_new (r × r) of every matrix, the sum of what the slices of rows contribute: on every rank that
+        computes, if moments need it there, otherwise on the owner, which reports how far the subspace has turned.
         """
-        mates = set(self._comm.ranks.mates)
-        crosses: dict[str, Tensor] = {}
+        crosses = {
+            p.name: _tensor(states[p.name], "basis").to(fresh[p.name]).mT @ fresh[p.name]
+            for p in plans
+            if p.name in fresh
+        }
         spread = [p for p in plans if p.spread]
-        sums = torch.zeros(
-            sum(p.rank**2 for p in spread), dtype=spread[0].dtype if spread else None, device=self._comm.ranks.device
-        )
-        for plan, part in zip(spread, sums.split([p.rank**2 for p in spread])):
-            crosses[plan.name] = part.view(plan.rank, plan.rank)
-        for plan in plans:
-            new = fresh.get(plan.name)
-            if new is not None:
-                cross = _tensor(states[plan.name], "basis").to(new).mT @ new
-                if plan.spread:
-                    crosses[plan.name].copy_(cross)
-                else:
-                    crosses[plan.name] = cross
         if not spread:
             return crosses
-        if self._moments == "keep":  # only the owner reports how far the subspace has turned
-            coming = [self._comm.reduce(crosses[p.name], p.owner, "overlaps") for p in spread if p.owner in mates]
-            for pending in coming:
-                pending.wait()
-        else:
-            self._comm.all_reduce(sums, "overlaps").wait()
+        if self._moments == "keep":
+            mine = {p.name: crosses.pop(p.name) for p in spread if p.name in crosses}
+            return {
+                **crosses,
+                **self._sum_on_owners(spread, mine, lambda p: p.rank, spread[0].dtype, "overlaps").wait(),
+            }
+        sums = torch.zeros(sum(p.rank**2 for p in spread), dtype=spread[0].dtype, device=self._comm.ranks.device)
+        parts = dict(zip([p.name for p in spread], sums.split([p.rank**2 for p in spread])))
+        for plan in spread:
+            square = parts[plan.name].view(plan.rank, plan.rank)
+            if plan.name in crosses:
+                square.copy_(crosses[plan.name])
+            crosses[plan.name] = square
+        self._comm.all_reduce(sums, "overlaps").wait()
         return crosses
 
     def _tell(self, plans: Sequence[MatrixPlan], drawn: Mapping[str, Basis | None]) -> dict[str, Verdict]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 # Rows of a gradient that are widened to the Gram's dtype at once: no full-size copy is ever made.
 _GRAM_CHUNK_ROWS = 2048
+_GRAM_BLOCK_COLUMNS = 128
 
 
 def gram(a: Tensor, dtype: torch.dtype) -> Tensor:
@@ -19,10 +22,20 @@ def gram(a: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         short × short in ``dtype``. Grams of disjoint blocks of rows add up to the Gram of the whole.
     """
-    out = torch.zeros(a.shape[1], a.shape[1], dtype=dtype, device=a.device)
-    for block in a.split(_GRAM_CHUNK_ROWS):
-        wide = block.to(dtype)
-        out.addmm_(wide.mT, wide)
+    short = a.shape[1]
+    out = torch.empty(short, short, dtype=dtype, device=a.device)
+    # Symmetric: of blocks of columns only those on and above the diagonal are computed, the rest is their mirror image.
+    blocks = max(1, min(4, short // _GRAM_BLOCK_COLUMNS))
+    cuts = [short * k // blocks for k in range(blocks + 1)]
+    for first, rows in enumerate(a.split(_GRAM_CHUNK_ROWS)):
+        wide = rows.to(dtype)
+        for left, right in itertools.pairwise(cuts):
+            # beta = 0 does not read what lies there.
+            out[left:right, left:].addmm_(wide[:, left:right].mT, wide[:, left:], beta=0 if first == 0 else 1)
+    if not len(a):
+        return out.zero_()
+    for left, right in itertools.pairwise(cuts):
+        out[right:, left:right].copy_(out[left:right, right:].mT)
     return out
 
 
