@@ -2,9 +2,10 @@
 
     python benchmarks/equivalence.py --json out.json
 
-Every row is a run on gloo ranks, at least three refreshes deep, with accumulation, clipping, weight decay and every rank's
-global generator seeded differently, over tall, wide, square and stacked matrices, with fewer rows than ranks, uneven,
-cut mid-row by the boundaries between ranks, and with a 1376×512 and a 512×1376 matrix. ``deviation`` is the largest
+Every row is a run on gloo ranks, three refreshes deep or more, with accumulation, clipping, weight decay and every
+rank's global generator seeded differently, over tall, wide, square and stacked matrices, with fewer rows than ranks,
+uneven, cut mid-row by the boundaries between ranks, and with a 1376×512 and a 512×1376 matrix (without accumulation).
+``deviation`` is the largest
 ‖W − W_ref‖ / ‖W_ref − W_0‖ over all parameters of all shapes, the one-process reference being fed the averaged, clipped
 gradient that the framework delivered; ``free_deviation`` the same with a reference that computes its own gradients, for
 matrices with sides up to 64, ``free_real`` for the large ones (in bf16 both drift with the model's rounding).
