@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -166,7 +166,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             if name in taken or name in shapes:
                 raise ValueError(f"group {index}: the parameter name {name!r} is taken already: names must be unique")
             shapes[name] = whole_shape(parameter)
-            self._members.append(Member(name, weakref.ref(parameter), shapes[name], index))
+            self._members.append(Member(name, parameter, shapes[name], index))
         if group.get("rank") is not None:
             group.setdefault("scale", self.config.scale)
             self._specs += make_specs(index, group, shapes, self.config)
@@ -203,6 +203,14 @@ class LowRankAdamW(torch.optim.Optimizer):
     def matrix_specs(self) -> list[MatrixSpec]:
         """What was asked of every projected matrix, in the model's parameter order; needs no layout."""
         return list(self._specs)
+
+    def release_parameters(self) -> None:
+        """Let go of the whole parameters where the model is about to be sharded and the groups get the shards.
+
+        accelerate does that to an optimizer that was built before its model was prepared for FSDP2; holding on to the
+        originals would keep the whole model in memory until the first step.
+        """
+        self._members = [dataclasses.replace(m, held=None) for m in self._members]
 
     def take_stats(self) -> RefreshStats:
         """What this rank's refreshes did since the last call."""

@@ -88,6 +88,8 @@ class _Factory:
             optimizer = build_optimizer(model, config, **adamw)
         if config.layerwise and deepspeed_config is None and not wants_fsdp(args) and args.world_size > 1:
             exclude_from_ddp(model, optimizer)
+        if wants_fsdp(args):
+            optimizer.release_parameters()
         return optimizer
 
 

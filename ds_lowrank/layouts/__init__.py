@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -60,11 +59,11 @@ def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> tuple[Lay
         LayoutError: the sharding is not supported; the text says what is.
     """
     held = [(index, p) for index, group in enumerate(groups) for p in group["params"]]
-    replaced = [id(p) for _, p in held] != [id(m.reference()) for m in members]
+    replaced = [id(p) for _, p in held] != [id(m.held) for m in members]
     if replaced and [index for index, _ in held] == [m.group for m in members]:
         # accelerate shards a model after its optimizer was built and puts the new parameters into their places. A
         # group of one parameter may have been flattened instead: then the shape tells.
-        swapped = [dataclasses.replace(m, reference=weakref.ref(p)) for m, (_, p) in zip(members, held)]
+        swapped = [dataclasses.replace(m, held=p) for m, (_, p) in zip(members, held)]
         if all(whole_shape(m.parameter) == m.shape for m in swapped):
             members, replaced = swapped, False
     for m in members:

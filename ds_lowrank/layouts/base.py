@@ -6,7 +6,6 @@ of the weights and one of the gradient. Nothing above assumes that the weights a
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,18 +40,17 @@ class Piece:
 class Member:
     """One parameter of the optimizer as the user gave it.
 
-    The parameter itself is not kept alive: where a model is sharded after its optimizer was built, the whole weights
-    are to be freed one by one.
-
     Attributes:
         name: unique name.
-        reference: to the model's own parameter object; replaced where a framework has swapped it for a sharded one.
+        held: the model's own parameter object; replaced where a framework has swapped it for a sharded one. ``None``
+            where it is not to be kept alive until then. (No weak reference: torch refuses to swap tensors that have
+            one, which ``Module.to_empty`` does with DTensors.)
         shape: its whole shape.
         group: index of its parameter group.
     """
 
     name: str
-    reference: weakref.ref[nn.Parameter]
+    held: nn.Parameter | None
     shape: tuple[int, ...]
     group: int
 
@@ -61,15 +59,14 @@ class Member:
         """The parameter.
 
         Raises:
-            LayoutError: nothing else refers to it any more.
+            LayoutError: it was released, and the optimizer's groups have no other in its place.
         """
-        parameter = self.reference()
-        if parameter is None:
+        if self.held is None:
             raise LayoutError(
-                f"{self.name} {self.shape} is gone: the model was deleted, or its parameters were replaced by others "
-                "than those in the optimizer's groups"
+                f"{self.name} {self.shape} was released for FSDP2 to shard it, but the optimizer's groups do not hold "
+                "the sharded parameters"
             )
-        return parameter
+        return self.held
 
 
 @dataclass
