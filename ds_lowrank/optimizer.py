@@ -390,7 +390,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         assert self._layout is not None
         if self._gradients_checked or not self._layout.steps_alone:
             return
-        found = any(self._layout.grad(name) is not None for name in self._layout.pieces)
+        found = any(m.parameter.grad is not None for m in self._members)  # a rank may hold no element, and a gradient
         if self._layout.dealt:
             everywhere = self._comm.gather_objects((found, self._layout.checksums("gradients")))
             found = any(there for there, _ in everywhere)
