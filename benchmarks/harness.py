@@ -5,11 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 import ds_lowrank
 from ds_lowrank.optimizer import LowRankAdamW
@@ -53,6 +63,14 @@ class Run(Protocol):
         """One optimizer step; a mapping of the model's keyword arguments for each micro-step."""
         ...
 
+    def save(self, folder: Path, full: bool = False) -> None:
+        """A checkpoint as the framework and the Trainer write it; FSDP2 in shards or, ``full``, in whole tensors."""
+        ...
+
+    def load(self, folder: Path, full: bool = False) -> None:
+        """Go on with what the same layout has saved, by the framework's own means."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -81,6 +99,13 @@ class DeepSpeedRun:
         for arguments in losses:
             self.engine.backward(self.engine(**arguments))
             self.engine.step()
+
+    def save(self, folder: Path, full: bool = False) -> None:
+        self.engine.save_checkpoint(str(folder))
+
+    def load(self, folder: Path, full: bool = False) -> None:
+        path, _ = self.engine.load_checkpoint(str(folder))
+        assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
 
     def close(self) -> None:
         self.engine.destroy()
@@ -119,7 +144,11 @@ class TorchRun:
         self.optimizer = ds_lowrank.build_optimizer(model, case.options)
         if case.layerwise and case.layout == "ddp":
             ds_lowrank.exclude_from_ddp(model, self.optimizer)
-        self._wrapped = nn.parallel.DistributedDataParallel(model) if case.layout == "ddp" else model
+        self._wrapped = model
+        if case.layout == "ddp":
+            # Otherwise DDP puts its buckets into another order after its first backward pass: a resumed run adds up
+            # three or more ranks in another order in that one step.
+            self._wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         if case.layerwise:
             self.optimizer.ensure_state()  # the hooks have to be there before the first backward pass
 
@@ -132,6 +161,45 @@ class TorchRun:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._case.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def save(self, folder: Path, full: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._case.layout in ("fsdp2", "hsdp"):
+            model, optimizer = self._states(full)
+            if not full:
+                dcp.save({"model": model}, checkpoint_id=folder / "pytorch_model_fsdp_0")
+                dcp.save({"optimizer": optimizer}, checkpoint_id=folder / "optimizer_0")
+            elif dist.get_rank() == 0:
+                torch.save(model, folder / "pytorch_model_fsdp.bin")
+                torch.save(optimizer, folder / "optimizer.bin")
+            return
+        self.optimizer.consolidate_state_dict()
+        if dist.get_rank() == 0:
+            save_file(self.model.state_dict(), folder / "model.safetensors")
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        dist.barrier()
+
+    def load(self, folder: Path, full: bool = False) -> None:
+        if self._case.layout not in ("fsdp2", "hsdp"):
+            self.model.load_state_dict(load_file(folder / "model.safetensors"))
+            self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+            return
+        options = StateDictOptions(full_state_dict=full, broadcast_from_rank0=full)
+        if full:
+            first = dist.get_rank() == 0
+            model = torch.load(folder / "pytorch_model_fsdp.bin", weights_only=True) if first else {}
+            optimizer = torch.load(folder / "optimizer.bin", weights_only=True) if first else {}
+        else:
+            model, optimizer = self._states(full)
+            dcp.load({"model": model}, checkpoint_id=folder / "pytorch_model_fsdp_0")
+            dcp.load({"optimizer": optimizer}, checkpoint_id=folder / "optimizer_0")
+        set_model_state_dict(self.model, model, options=options)
+        set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
+
+    def _states(self, full: bool) -> tuple[dict[str, Any], Any]:
+        options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+        model = get_model_state_dict(self.model, options=options)
+        return model, get_optimizer_state_dict(self.model, self.optimizer, options=options)
 
     def close(self) -> None:
         self._wrapped = self.model

@@ -1,5 +1,6 @@
 """Low-rank optimizers (SARA, GaLore) that work under DeepSpeed ZeRO, FSDP2 and DDP."""
 
+from ds_lowrank.checkpoint import Loaded, load_checkpoint, open_checkpoint
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.integrations.deepspeed import (
     build_optimizer,
@@ -15,6 +16,7 @@ from ds_lowrank.report import describe
 
 __all__ = [
     "LayoutError",
+    "Loaded",
     "LowRankAdamW",
     "LowRankCallback",
     "LowRankConfig",
@@ -23,8 +25,10 @@ __all__ = [
     "deepspeed_optimizer",
     "describe",
     "exclude_from_ddp",
+    "load_checkpoint",
     "long_side_placement",
     "metrics",
+    "open_checkpoint",
     "param_groups",
     "prepare_cpu",
     "projected_names",

@@ -6,11 +6,12 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ds_lowrank.adopt import adopt_states, own_entries
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.full_rank import step_full_rank
@@ -19,21 +20,20 @@ from ds_lowrank.layouts import (
     Layout,
     LayoutError,
     Member,
+    ParameterLayout,
     check_excluded,
     find_layout,
     ignore_in_ddp,
     whole_shape,
 )
+from ds_lowrank.parameter_states import ParameterStates
+from ds_lowrank.pieces import DESCRIPTION_KEY, STATE_KEY, describe_pieces
 from ds_lowrank.plan import MatrixPlan, check_equal, make_plan
 from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats
 from ds_lowrank.specs import LOWRANK_KEYS, MatrixSpec, make_specs
 from ds_lowrank.step import LowRankStep
 
 logger = logging.getLogger(__name__)
-
-# Low-rank states hang on a string key of ``state``: torch's and DeepSpeed's loaders cast what hangs on a parameter
-# to its dtype and pass over the rest.
-STATE_KEY = "lowrank"
 
 # Called by every construction: integrations refuse here what would otherwise go wrong without a word.
 construction_checks: list[Callable[[], None]] = []
@@ -146,6 +146,9 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._gradients_checked = False
         self._warned = False
         self._complete: dict[str, MatrixState] | None = None  # the states that need no further look
+        self._to_adopt: dict[str, Any] = {}  # entries of a loaded state, by parameter
+        self._consolidated: tuple[int, dict[str, dict[str, Tensor]]] | None = None
+        self._steps = 0  # calls of step() and loads
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group before the first step. See the class for what a group may hold."""
@@ -204,6 +207,20 @@ class LowRankAdamW(torch.optim.Optimizer):
         """What was asked of every projected matrix, in the model's parameter order; needs no layout."""
         return list(self._specs)
 
+    def new_state(self, plan: MatrixPlan) -> MatrixState | None:
+        """What this rank keeps of a matrix before its first step; see :meth:`ds_lowrank.step.LowRankStep.new_state`."""
+        self.ensure_state()
+        assert self._stepper is not None
+        return self._stepper.new_state(plan)
+
+    def replace_states(self, states: dict[str, MatrixState]) -> None:
+        """Go on with other states of the matrices, those of a checkpoint."""
+        self.state[STATE_KEY] = states  # type: ignore[index]
+        self._complete = self._consolidated = None
+        self._to_adopt = {}
+        self._loaded = True
+        self.ensure_state()
+
     def release_parameters(self) -> None:
         """Let go of the whole parameters where the model is about to be sharded and the groups get the shards.
 
@@ -245,30 +262,12 @@ class LowRankAdamW(torch.optim.Optimizer):
                     states[plan.name] = state
 
     def _adopt_loaded(self, states: dict[str, MatrixState]) -> None:
-        """Check a loaded state against the plan and put it where the weights are: loaders leave it on the CPU."""
         assert self._stepper is not None
-        known = {plan.name for plan in self._stateful}
-        wrong = [f"it has {name!r}, which is no projected parameter here" for name in states if name not in known]
-        for plan in self._stateful:
-            if plan.name in states:
-                fault = self._stepper.fit_state(plan, states[plan.name])
-                wrong += [fault] if fault else []
-        # Ranks that disagree about what is born or due would wait for each other for ever.
-        counters = {
-            p.name: (states[p.name]["step"], states[p.name]["refreshes"]) if p.name in states else (0, 0)
-            for p in self._stateful
-            if p.shared and not wrong
-        }
-        answers = self._comm.gather_objects((wrong[:1], counters))
-        for rank, (faults, theirs) in enumerate(answers):
-            if not faults and not answers[0][0] and theirs != answers[0][1]:
-                name = next(n for n, count in theirs.items() if count != answers[0][1][n])
-                faults = [f"of {name} it has made {theirs[name][0]} steps, rank 0 {answers[0][1][name][0]}"]
-            if faults:
-                raise ValueError(
-                    f"the loaded optimizer state does not fit this run (rank {rank}): {faults[0]}. Resume with the "
-                    "same model, rank, rank_pattern, optim_target_modules and number of ranks, each rank its own state"
-                )
+        assert self._layout is not None
+        if self._to_adopt:
+            states.update(self._parameter_states.adopt(own_entries(self._to_adopt)))
+            self._to_adopt = {}
+        adopt_states(states, self._stateful, self._stepper, self._comm)
         missing = [plan.name for plan in self._stateful if plan.name not in states]
         if missing and len(self.state) > 1:  # accelerate loads the empty state that it took from here
             logger.warning(
@@ -277,7 +276,6 @@ class LowRankAdamW(torch.optim.Optimizer):
                 len(self._stateful),
                 missing[0],
             )
-        assert self._layout is not None
         projected = {plan.parameter for plan in self._plans}
         for tensor in [key for key in self.state if isinstance(key, Tensor)]:
             if projected.intersection(self._layout.names_in(tensor)):
@@ -310,6 +308,10 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._stepper = LowRankStep(layout, comm, self._refresher)
         rank = layout.ranks.rank
         self._stateful = [p for p in self._plans if p.shared or p.shares[rank] is not None]
+        if layout.by_parameter:
+            self._parameter_states = ParameterStates(
+                cast(ParameterLayout, layout), comm, self._plans, self._stepper.new_state
+            )
         self._members = members
         self._group_of = {m.name: m.group for m in members}
         self._comm = comm
@@ -347,6 +349,72 @@ class LowRankAdamW(torch.optim.Optimizer):
     def _average(self, gradient: Tensor) -> None:
         self._comm.all_reduce(gradient, "gradients").wait().div_(self._comm.ranks.size)
 
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as a framework saves it. Collective but on one process and under DeepSpeed and DDP.
+
+        Under FSDP2 and on one process every projected parameter has an entry as any other has, DTensors or tensors of
+        global shape: see docs/checkpoints.md, and :class:`ds_lowrank.parameter_states.ParameterStates`. Under DDP the
+        states are dealt over the ranks: call :meth:`consolidate_state_dict` on all of them before. Under DeepSpeed,
+        whose groups hold flat buffers, every rank saves its own rows with a description of where they belong.
+
+        Raises:
+            RuntimeError: under DDP, when the state of this step was not consolidated on this rank.
+        """
+        if not hasattr(self, "_specs") or (self._layout is None and not self.state):
+            return super().state_dict()  # accelerate takes it before the model is sharded
+        self.ensure_state()
+        assert self._layout is not None
+        packed = super().state_dict()
+        if not self._layout.by_parameter:
+            packed[DESCRIPTION_KEY] = describe_pieces(self._layout, self._members, self._plans, self._all_groups)
+            return packed
+        states = packed["state"].pop(STATE_KEY)
+        if self._layout.dealt:
+            if self._consolidated is None or self._consolidated[0] != self._steps:
+                raise RuntimeError(
+                    "under DDP every rank keeps a part of the low-rank states: call optimizer.consolidate_state_dict() "
+                    "on all ranks, then state_dict() on rank 0 (consolidate_state_dict(None): on every rank)"
+                )
+            entries = self._consolidated[1]
+        else:
+            entries = self._parameter_states.collect(states)
+        for index, member in enumerate(self._members):
+            if member.name in entries:
+                packed["state"][index] = entries[member.name]
+        return packed
+
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Under DDP, bring the whole state to rank ``to`` (``None``: to all) for :meth:`state_dict`. Collective.
+
+        Elsewhere it does nothing. The name is ``torch.distributed.optim.ZeroRedundancyOptimizer``'s.
+        """
+        self.ensure_state()
+        assert self._layout is not None
+        if self._layout.dealt:
+            takers = range(self._layout.ranks.size) if to is None else [to]
+            entries = self._parameter_states.collect(self.state[STATE_KEY], takers)  # type: ignore[index]
+            self._consolidated = (self._steps, entries) if self._layout.ranks.rank in takers else None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state; what of it is low-rank is checked and dealt to the ranks at its first use.
+
+        Args:
+            state_dict: of this class, from the same kind of layout (:func:`ds_lowrank.load_checkpoint` takes any).
+        """
+        loaded: dict[str, Any] = {}
+        state = state_dict["state"]
+        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        if STATE_KEY not in state and len(ids) == len(self._members):
+            projected = {spec.parameter for spec in self._specs}
+            # torch's loader would cast them to the dtype of the parameter.
+            loaded = {m.name: state[key] for key, m in zip(ids, self._members) if m.name in projected and key in state}
+            taken = {key for key, m in zip(ids, self._members) if m.name in loaded}
+            state_dict = {**state_dict, "state": {k: v for k, v in state.items() if k not in taken}}
+        super().load_state_dict(state_dict)
+        self._to_adopt = loaded
+
     # -- step -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -366,6 +434,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         self.ensure_state()
         assert self._stepper is not None
         assert self._layout is not None
+        self._steps += 1
+        self._consolidated = None
         self._check_gradients()
         frozen = {m.name for m in self._members if not m.parameter.requires_grad}
         stepping: set[str] = set()
@@ -421,6 +491,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             self._all_groups = self.param_groups
             self._loaded = True
             self._complete = None
+            self._consolidated = None
             if self._layerwise is not None:
                 self._layerwise.forget()
             for group, options in zip(self.param_groups, self._group_options):

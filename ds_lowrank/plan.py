@@ -58,6 +58,7 @@ class MatrixPlan:
 
     Attributes:
         name, parameter, shape, side, rank: name, parameter's name, (m, n), side of the projection, r.
+        index: which of the matrices stacked in the parameter; ``None``: the parameter is one matrix.
         group, unit: index of its parameter group; which matrices step in the same call of ``step()``.
         gap, phase, wave: refresh schedule; the matrices of a wave are refreshed side by side.
         weight_dtype, dtype: of the weights, and of states and products.
@@ -72,6 +73,7 @@ class MatrixPlan:
 
     name: str
     parameter: str
+    index: int | None
     shape: tuple[int, int]
     side: Side
     rank: int
@@ -94,6 +96,11 @@ class MatrixPlan:
     def short(self) -> int:
         """Length of the projected dimension."""
         return self.shape[1] if self.side == "right" else self.shape[0]
+
+    @property
+    def long(self) -> int:
+        """Length of the other dimension: rows of A."""
+        return self.shape[0] if self.side == "right" else self.shape[1]
 
     @cached_property
     def computing(self) -> list[int]:
@@ -181,6 +188,7 @@ def make_plan(
             MatrixPlan(
                 name=spec.name,
                 parameter=spec.parameter,
+                index=spec.index,
                 shape=spec.shape,
                 side=side,
                 rank=spec.rank,

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # What a rank keeps of one matrix; numbers and tensors only, so that weights_only=True loads it. See states.
 MatrixState = dict[str, int | Tensor]
+HISTORY = 16  # overlaps that a matrix's state remembers
 _HEADER = 1  # numbers before the indices in a verdict on the wire: is there a new basis
 
 
@@ -158,7 +159,7 @@ class Refresher:
         """B_oldᵀ B_new of a matrix of which this rank keeps all."""
         if not _int(state, "refreshes"):
             return None
-        return _tensor(state, "basis").to(drawn.vectors).mT @ drawn.vectors
+        return tensor_of(state, "basis").to(drawn.vectors).mT @ drawn.vectors
 
     def _install(
         self, plan: MatrixPlan, state: MatrixState, vectors: Tensor | None, indices: Tensor, cross: Tensor | None
@@ -166,13 +167,16 @@ class Refresher:
         """Take over what is kept here of a new basis. ``vectors``: ``None`` where no row is computed."""
         if vectors is not None:
             if cross is not None:
-                exp_avg = _tensor(state, "exp_avg")
+                exp_avg = tensor_of(state, "exp_avg")
                 carry_moments_(exp_avg, cross.to(exp_avg.device), self._moments)
-            _tensor(state, "basis").copy_(vectors)
-            _tensor(state, "indices").copy_(indices)
+            tensor_of(state, "basis").copy_(vectors)
+            tensor_of(state, "indices").copy_(indices)
         if cross is not None and plan.owner == self._rank:
-            self.stats.overlap += overlap(cross)
+            turned = overlap(cross)
+            self.stats.overlap += turned
             self.stats.overlaps += 1
+            history = tensor_of(state, "overlaps")
+            history.copy_(torch.cat([history[1:], history.new_tensor([turned])]))
         state["refreshes"] = _int(state, "refreshes") + 1
 
     def _refresh_shared(
@@ -261,7 +265,7 @@ class Refresher:
         computes, if moments need it there, otherwise on the owner, which reports how far the subspace has turned.
         """
         crosses = {
-            p.name: _tensor(states[p.name], "basis").to(fresh[p.name]).mT @ fresh[p.name]
+            p.name: tensor_of(states[p.name], "basis").to(fresh[p.name]).mT @ fresh[p.name]
             for p in plans
             if p.name in fresh
         }
@@ -311,7 +315,8 @@ def _int(state: MatrixState, key: str) -> int:
     return value
 
 
-def _tensor(state: MatrixState, key: str) -> Tensor:
+def tensor_of(state: MatrixState, key: str) -> Tensor:
+    """The tensor that a state has under ``key``."""
     value = state[key]
     assert isinstance(value, Tensor)
     return value

@@ -12,7 +12,7 @@ from ds_lowrank.bases import Bases
 from ds_lowrank.comm import Comm, Pending, done
 from ds_lowrank.layouts.base import Layout
 from ds_lowrank.plan import MatrixPlan, Share
-from ds_lowrank.refresh import MatrixState, Refresher
+from ds_lowrank.refresh import HISTORY, MatrixState, Refresher
 from ds_lowrank.rows import Blocks, Rows
 from ds_lowrank.rules.adamw import adamw_direction_
 from ds_lowrank.subspace.project import lift_, project
@@ -55,7 +55,8 @@ class LowRankStep:
         Keys: ``step`` (steps made; 0 until the first non-zero gradient), ``refreshes``; where rows are computed also
         ``exp_avg``, ``exp_avg_sq`` (rows × r), ``basis`` (kept rows × r) in ``plan.dtype`` and ``indices`` (r,
         int32), on the device of the weights, and where these lie in the whole: ``left`` (1 where A = Wᵀ), ``row`` (the
-        first of A), ``basis_row`` (the first of the basis). Of a shared matrix every rank keeps the first two.
+        first of A), ``basis_row`` (the first of the basis). Of a shared matrix every rank keeps the first two. The
+        owner keeps ``overlaps`` (float32, the last ``HISTORY`` overlaps with the basis before, newest last, -1: none).
         """
         share = plan.shares[self._rank]
         if share is None and not plan.shared:
@@ -68,6 +69,8 @@ class LowRankStep:
             state["indices"] = torch.full((plan.rank,), -1, dtype=torch.int32)
             kept = plan.slices[self._rank] if plan.spread else None
             state.update(left=int(plan.side == "left"), row=share.start, basis_row=0 if kept is None else kept[0])
+        if plan.owner == self._rank:
+            state["overlaps"] = torch.full((HISTORY,), -1.0)
         return state
 
     def fit_state(self, plan: MatrixPlan, state: MatrixState) -> str | None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_lowrank.layouts.base import Group, Layout, LayoutError, Member, Piece, Ranks
+from ds_lowrank.layouts.base import Group, Layout, LayoutError, Member, ParameterLayout, Piece, Ranks
 from ds_lowrank.layouts.ddp import ReplicatedLayout, check_excluded, ignore_in_ddp
-from ds_lowrank.layouts.fsdp import Fsdp2Layout, is_fsdp2, local_tensors, long_side_placement
+from ds_lowrank.layouts.fsdp import Fsdp2Layout, is_fsdp2, local_tensors, long_side_placement, write_shard
 from ds_lowrank.layouts.zero import ZeroLayout, is_zero12
-from ds_lowrank.layouts.zero3 import Zero3Layout, check_partitioned, is_zero3
+from ds_lowrank.layouts.zero3 import Zero3Layout, check_partitioned, is_zero3, write_partition
 
 __all__ = [
     "Group",
     "Layout",
     "LayoutError",
     "Member",
+    "ParameterLayout",
     "Piece",
     "Ranks",
     "bare_model",
@@ -28,12 +30,29 @@ __all__ = [
     "local_tensors",
     "long_side_placement",
     "whole_shape",
+    "write_parameter",
 ]
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Shape of a parameter that a framework may have partitioned already: ``zero.Init`` leaves it empty."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def write_parameter(parameter: Tensor, read: Callable[[int, int], Tensor], rank: int) -> None:
+    """Fill what a model computes with: a whole parameter, a shard of FSDP2 or a slice of ZeRO-3.
+
+    Args:
+        parameter: of the model.
+        read: gives elements [start, stop) of the flattened whole, in any floating dtype.
+        rank: this rank among those that share the model.
+    """
+    if isinstance(parameter, DTensor):
+        write_shard(parameter, read)
+    elif hasattr(parameter, "ds_tensor"):
+        write_partition(parameter, read, rank)
+    else:
+        parameter.data.copy_(read(0, parameter.numel()).view(parameter.shape))
 
 
 def bare_model(model: nn.Module) -> nn.Module:

@@ -110,12 +110,15 @@ class Layout(Protocol):
         pieces: parameter name -> the piece this rank holds; parameters of which it holds nothing are absent.
         dealt: every rank holds every parameter whole, and the rows of matrices are to be dealt out over the ranks.
         steps_alone: a parameter may step as soon as it has its gradient.
+        by_parameter: the optimizer's groups hold the model's own parameters, so that its saved state can have an entry
+            for each of them; otherwise they hold flat buffers.
     """
 
     kind: str
     ranks: Ranks
     dealt: bool
     steps_alone: bool
+    by_parameter: bool
 
     @property
     def pieces(self) -> Mapping[str, Piece]:
@@ -138,6 +141,10 @@ class Layout(Protocol):
         """Parameters with the same number step in the same call of ``step()``."""
         ...
 
+    def place(self, name: str) -> tuple[Tensor, int]:
+        """Where this rank's piece lies: the tensor of the optimizer's groups, and the offset in its flat memory."""
+        ...
+
     def names_in(self, tensor: Tensor) -> list[str]:
         """Parameters of which elements lie, on some rank, in a tensor of the optimizer's groups.
 
@@ -156,6 +163,22 @@ class Layout(Protocol):
         Of the ``"weights"``, or at the first step of the ``"gradients"`` (``None`` for a missing one). ``None`` where
         the layout makes no such promise.
         """
+        ...
+
+
+class ParameterLayout(Layout, Protocol):
+    """A layout whose optimizer groups hold the model's own parameters (``by_parameter``), DTensors perhaps."""
+
+    def shard_dim(self, name: str) -> int | None:
+        """Dimension along which a parameter is cut as ``torch.chunk`` cuts it; ``None`` where ranks hold it whole."""
+        ...
+
+    def distribute(self, local: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
+        """The tensor of ``shape`` of which ``local`` is this rank's chunk along ``dim``; no communication."""
+        ...
+
+    def local(self, tensor: Tensor, dim: int) -> tuple[Tensor, bool]:
+        """Inverse of :meth:`distribute`; a tensor that is whole on every rank comes back as it is, with ``True``."""
         ...
 
 

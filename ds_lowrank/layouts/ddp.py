@@ -20,6 +20,7 @@ class ReplicatedLayout:
     """Parameters as the model has them, equal on all ranks."""
 
     steps_alone = True
+    by_parameter = True
 
     def __init__(self, members: Sequence[Member]):
         self._members = {m.name: m for m in members}
@@ -49,6 +50,18 @@ class ReplicatedLayout:
 
     def unit(self, name: str) -> int:  # noqa: D102
         return 0
+
+    def place(self, name: str) -> tuple[Tensor, int]:  # noqa: D102
+        return self._members[name].parameter, 0
+
+    def shard_dim(self, name: str) -> None:  # noqa: D102
+        return None
+
+    def distribute(self, local: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:  # noqa: D102
+        return local
+
+    def local(self, tensor: Tensor, dim: int) -> tuple[Tensor, bool]:  # noqa: D102
+        return tensor, True
 
     def names_in(self, tensor: Tensor) -> list[str]:  # noqa: D102
         return self._tensors.names_in(tensor)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ds_lowrank.layouts.base import LayoutError, Member, Piece, Ranks, Tensors, checksum, same_device
 from ds_lowrank.subspace.sides import projected_side
@@ -64,6 +64,7 @@ class Fsdp2Layout:
     """
 
     steps_alone = True
+    by_parameter = True
 
     def __init__(self, members: Sequence[Member]):
         self._tensors = Tensors()
@@ -89,6 +90,7 @@ class Fsdp2Layout:
             piece = _piece(m, parameter.placements)
             if piece.start < piece.stop:
                 self.pieces[m.name] = piece
+        self._mesh: Any = mesh
         same_device({name: p.to_local() for name, p in self._parameters.items()})
         self.ranks = _ranks(mesh)
         self.kind = "FSDP2" if mesh.ndim == 1 else f"HSDP ({mesh.size(0)} x {mesh.size(1)})"
@@ -105,6 +107,28 @@ class Fsdp2Layout:
 
     def unit(self, name: str) -> int:  # noqa: D102
         return 0
+
+    def place(self, name: str) -> tuple[Tensor, int]:  # noqa: D102
+        return self._parameters[name], 0
+
+    def shard_dim(self, name: str) -> int:  # noqa: D102
+        return self._parameters[name].placements[-1].dim
+
+    def distribute(self, local: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:  # noqa: D102
+        # The shape is given: from_local would take it that all ranks hold as much as this one.
+        stride = torch.empty(shape, device="meta").stride()
+        placements = self._placements(dim)
+        return DTensor.from_local(
+            local.contiguous(), self._mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        )
+
+    def local(self, tensor: Tensor, dim: int) -> tuple[Tensor, bool]:  # noqa: D102
+        if not isinstance(tensor, DTensor):
+            return tensor, True
+        return tensor.redistribute(self._mesh, self._placements(dim)).to_local(), False
+
+    def _placements(self, dim: int) -> list[Placement]:
+        return [*[Replicate()] * (self._mesh.ndim - 1), Shard(dim)]
 
     def names_in(self, tensor: Tensor) -> list[str]:  # noqa: D102
         return self._tensors.names_in(tensor)
@@ -127,6 +151,20 @@ class Fsdp2Layout:
             return None
         # fully_shard does not broadcast over copies of the model.
         return {(name, piece): checksum(self.weight(name)) for name, piece in self.pieces.items()}
+
+
+def write_shard(parameter: Any, read: Callable[[int, int], Tensor]) -> None:
+    """Fill this rank's shard of a DTensor; ``read`` gives elements [start, stop) of the flattened whole."""
+    name, shape = "a parameter", tuple(parameter.shape)
+    piece = _piece(Member(name, parameter, shape, 0), parameter.placements)
+    if piece.start >= piece.stop:
+        return
+    flat = _flat(parameter.detach().to_local())
+    if piece.dim is None:
+        flat.copy_(read(piece.start, piece.stop))
+    else:
+        whole = read(0, parameter.numel()).view(shape)
+        flat.copy_(whole.narrow(piece.dim, piece.start, piece.stop - piece.start).reshape(-1))
 
 
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:

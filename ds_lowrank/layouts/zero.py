@@ -29,6 +29,7 @@ class ZeroLayout:
     kind = "ZeRO-1/2"
     dealt = False
     steps_alone = False
+    by_parameter = False
 
     def __init__(self, members: Sequence[Member], groups: Sequence[Group]):
         self._flats: list[Tensor] = [_only_partition(g) for g in groups]
@@ -70,6 +71,10 @@ class ZeroLayout:
 
     def unit(self, name: str) -> int:  # noqa: D102
         return self._members[name].group
+
+    def place(self, name: str) -> tuple[Tensor, int]:  # noqa: D102
+        flat, start, _ = self._fragments[name]
+        return flat, start
 
     def names_in(self, tensor: Tensor) -> list[str]:  # noqa: D102
         return self._tensors.names_in(tensor)

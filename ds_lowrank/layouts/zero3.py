@@ -7,7 +7,7 @@ parameter groups empty.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -29,6 +29,7 @@ class Zero3Layout:
     kind = "ZeRO-3"
     dealt = False
     steps_alone = False
+    by_parameter = False
 
     def __init__(self, members: Sequence[Member]):
         self._members = {m.name: m for m in members}
@@ -82,6 +83,10 @@ class Zero3Layout:
     def unit(self, name: str) -> int:  # noqa: D102
         return self._places[name][0]
 
+    def place(self, name: str) -> tuple[Tensor, int]:  # noqa: D102
+        sub_group, offset = self._places[name]
+        return self._zero.fp32_partitioned_groups_flat[sub_group], offset
+
     def names_in(self, tensor: Tensor) -> list[str]:  # noqa: D102
         return self._tensors.names_in(tensor)
 
@@ -100,6 +105,17 @@ class Zero3Layout:
 
     def checksums(self, what: str) -> None:  # noqa: D102
         return None
+
+
+def write_partition(parameter: Any, read: Callable[[int, int], Tensor], rank: int) -> None:
+    """Fill this rank's slice of a partitioned parameter, and the whole where it is there (small ones stay)."""
+    part = parameter.ds_tensor.data
+    start = min(rank * part.numel(), parameter.ds_numel)
+    stop = min(start + part.numel(), parameter.ds_numel)
+    if start < stop:
+        part[: stop - start].copy_(read(start, stop))
+    if parameter.data.numel() == parameter.ds_numel:
+        parameter.data.view(-1).copy_(read(0, parameter.ds_numel))
 
 
 def check_partitioned(members: Sequence[Member]) -> None:

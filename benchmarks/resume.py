@@ -1,0 +1,253 @@
+"""Does a run that was stopped and resumed end where one ends that was not?
+
+    python benchmarks/resume.py --json out.json
+
+Twelve steps on gloo ranks against five, a checkpoint and seven more in new engines, across refreshes, over tall, wide,
+square and stacked matrices, fewer rows than ranks, uneven and cut mid-row. The same twelve micro-batches make a step on
+any number of ranks.
+
+    format        what reads the checkpoint: ``native``, the framework; ``full``, FSDP2 whole tensors; ``any``,
+                  ``ds_lowrank.load_checkpoint``
+    state_equal   weights, AdamW's moments, low-rank moments, bases, indices, counters equal bit by bit after loading
+    bitwise       so are the weights at the end, where ranks and layout stay the same
+    deviation     ‖W − W'‖ / ‖W' − W_0‖ at the end, W' of the uninterrupted run where the checkpoint was written, the
+                  largest over all parameters; ``_real``: of 1376 × 512 and 512 × 1376 matrices
+    drift         the same between two uninterrupted runs, one on each side: what rounding in another order makes of
+                  the trajectory by itself. In bf16 a difference in the last bit of a weight becomes one of 1/256
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import Case, assemble, build_model, held
+from harness import Run, start
+from rank_pool import RankPool
+from table import Row, json_argument, show
+from torch import Tensor
+
+import ds_lowrank
+from ds_lowrank.layouts import local_tensors
+from ds_lowrank.optimizer import STATE_KEY, LowRankAdamW
+
+BEFORE, AFTER, MICRO_BATCHES = 5, 7, 12
+SHAPES = (("small", 3, 4), ("thin", 2, 2), ("experts", 1, 3))
+REAL = ("real", 1, 32)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A checkpoint and its continuation.
+
+    Attributes:
+        before, after: layout and number of ranks that write it, and that go on with it.
+        dtype: see :class:`cases.Case`.
+        how: ``native``, ``full`` or ``any``.
+        settings: of the case: offload, whole bases, ...
+    """
+
+    before: tuple[str, int]
+    after: tuple[str, int]
+    dtype: str = "fp32"
+    how: str = "native"
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def case(self, place: tuple[str, int], shapes: tuple[str, int, int]) -> Case:
+        """The case on one of the two sides."""
+        layout, ranks = place
+        name, layers, rank = shapes
+        # Gradients of bf16 weights added up in fp32: a step does not depend on who adds which micro-batches.
+        config: dict[str, Any] = {}
+        if layout.startswith("zero") and self.dtype == "bf16":
+            config = {"data_types": {"grad_accum_dtype": "fp32"}}
+        case = Case(layout, self.dtype, name, layers, rank, gap=3, accumulation=MICRO_BATCHES // ranks, config=config)
+        settings = {k: v for k, v in self.settings if k != "offload" or layout.startswith("zero")}
+        return replace(case, moments="project" if rank == 4 else "keep", **settings)
+
+
+def moves() -> Iterator[Move]:
+    """The rows of the table."""
+    places = [("one", 1), ("ddp", 2), ("ddp", 3), ("zero1", 2), ("zero2", 2), ("zero2", 4), ("zero3", 2), ("zero3", 3)]
+    places += [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)]
+    for dtype in ("fp32", "bf16"):
+        for place in places:
+            yield Move(place, place, dtype)
+            if place[0] in ("fsdp2", "hsdp"):
+                yield Move(place, place, dtype, "full")
+        for stage in ("zero1", "zero2", "zero3"):
+            yield Move((stage, 2), (stage, 2), dtype, settings=(("offload", True),))
+        yield Move(("zero3", 2), ("zero3", 2), dtype, settings=(("shard_projection", False),))
+        # DTensors fit another number of ranks by themselves.
+        yield Move(("fsdp2", 2), ("fsdp2", 3), dtype)
+        yield Move(("fsdp2", 3), ("fsdp2", 1), dtype, "full")
+        for before, after in (
+            (("zero2", 4), ("fsdp2", 2)),
+            (("zero2", 4), ("zero3", 3)),
+            (("zero2", 4), ("one", 1)),
+            (("zero2", 2), ("zero2", 3)),
+            (("zero1", 2), ("zero2", 4)),
+            (("zero3", 3), ("zero3", 2)),
+            (("zero3", 2), ("ddp", 3)),
+            (("fsdp2", 3), ("zero2", 2)),
+            (("hsdp", 4), ("zero3", 2)),
+            (("fsdp2", 2), ("ddp", 2)),
+            (("ddp", 3), ("fsdp2", 2)),
+            (("one", 1), ("zero3", 4)),
+        ):
+            yield Move(before, after, dtype, "any")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layouts", nargs="+", help="only rows in which one of these layouts takes part")
+    parser.add_argument("--no-real", action="store_true", help="leave the 1376 x 512 matrices out")
+    json_argument(parser)
+    args = parser.parse_args()
+    pools = {ranks: RankPool(ranks, timeout=300) for ranks in (1, 2, 3, 4)}
+    rows = []
+    for move in moves():
+        if args.layouts and not {move.before[0], move.after[0]} & set(args.layouts):
+            continue
+        rows.append(row(pools, move, not args.no_real))
+        print(*rows[-1].values(), flush=True)
+    show(rows, "Resumed against uninterrupted", args.json)
+
+
+def row(pools: dict[int, RankPool], move: Move, with_real: bool = True) -> Row:
+    """One row: the worst of all shapes; large matrices apart, where rounding alone drifts."""
+    small = [try_move(pools, move, shapes) for shapes in SHAPES]
+    results = [*small, try_move(pools, move, REAL)] if with_real else small
+    same = move.before == move.after
+    return {
+        "layout": move.before[0],
+        "ranks_before": move.before[1],
+        "ranks_after": move.after[1],
+        "layout_after": move.after[0],
+        "dtype": move.dtype,
+        "format": move.how,
+        "settings": " ".join(f"{k}={v}" for k, v in move.settings),
+        "state_equal": all(r["state_equal"] for r in results),
+        "bitwise": all(r["deviation"] == 0.0 for r in results) if same else None,
+        "deviation": max(r["deviation"] for r in small),
+        "drift": max(r["drift"] for r in small),
+        "deviation_real": results[-1]["deviation"] if with_real else None,
+        "drift_real": results[-1]["drift"] if with_real else None,
+    }
+
+
+def try_move(pools: dict[int, RankPool], move: Move, shapes: tuple[str, int, int]) -> dict[str, Any]:
+    """Train, stop, move and go on."""
+    before, after = move.case(move.before, shapes), move.case(move.after, shapes)
+    source, target = pools[move.before[1]], pools[move.after[1]]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        whole = source.run(uninterrupted, before, folder, move.how == "full")[0]
+        drift = 0.0
+        if move.before != move.after:
+            drift = _deviation(target.run(uninterrupted, after)[0]["weights"], whole)
+        resumed = target.run(resume, after, folder, move.how)[0]
+    equal = _equal(whole["state"], resumed["state"])
+    return {"state_equal": equal, "deviation": _deviation(resumed["weights"], whole), "drift": drift}
+
+
+def uninterrupted(case: Case, folder: Path | None = None, full: bool = False) -> dict[str, Any]:
+    """All steps; a checkpoint is written on the way, and the state then is returned with the final weights."""
+    run = start(case, build_model(case))
+    first = assemble(run.optimizer, held(run.optimizer))[0]
+    _train(run, case, 0, BEFORE)
+    state = None
+    if folder is not None:
+        run.save(folder, full)
+        state = whole_state(run.optimizer)
+    _train(run, case, BEFORE, BEFORE + AFTER)
+    weights = assemble(run.optimizer, held(run.optimizer))[0]
+    run.close()
+    return {"first": first, "state": state, "weights": weights}
+
+
+def resume(case: Case, folder: Path, how: str) -> dict[str, Any]:
+    """A new model and engine, the checkpoint, and the rest of the steps."""
+    model = build_model(case)
+    for parameter in model.parameters():
+        parameter.data.mul_(0.5)  # nothing of it may survive
+    run = start(case, model)
+    if how == "any":
+        ds_lowrank.load_checkpoint(folder, run.model, run.optimizer)
+    else:
+        run.load(folder, how == "full")
+        run.optimizer.ensure_state()
+    state = whole_state(run.optimizer)
+    _train(run, case, BEFORE, BEFORE + AFTER)
+    weights = assemble(run.optimizer, held(run.optimizer))[0]
+    run.close()
+    return {"state": state, "weights": weights}
+
+
+def _train(run: Run, case: Case, start: int, stop: int) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for step in range(start, stop):
+        places = [micro * ranks + rank for micro in range(case.accumulation)]
+        run.step([{"seed": step * 64 + place} for place in places])
+
+
+def whole_state(optimizer: LowRankAdamW) -> dict[str, Any]:
+    """Everything that has to survive, by name, put together from all ranks. Collective."""
+    layout = optimizer.layout
+    found: dict[str, Any] = {f"{n} weight": w for n, w in assemble(optimizer, held(optimizer))[0].items()}
+    projected = {plan.parameter for plan in optimizer.plans}
+    for key in ("exp_avg", "exp_avg_sq"):
+        pieces = {}
+        for member in optimizer.members:
+            if member.name in projected or member.name not in layout.pieces:
+                continue
+            tensor, offset = layout.place(member.name)
+            flat = local_tensors([optimizer.state[tensor][key]])[0].reshape(-1)
+            piece = layout.pieces[member.name]
+            pieces[member.name] = (piece, flat[offset : offset + layout.weight(member.name).numel()].clone())
+        for rank in optimizer.comm.gather_objects(pieces):
+            for name, (piece, values) in rank.items():
+                target = found.setdefault(f"{name} {key}", torch.full((_numel(optimizer, name),), float("nan")))
+                target[piece.start : piece.stop] = values
+    states: dict[str, Any] = optimizer.state[STATE_KEY]  # type: ignore[index]
+    shapes = {p.name: (p.long, p.short, p.rank) for p in optimizer.plans}
+    for rank in optimizer.comm.gather_objects(states):
+        for name, state in rank.items():
+            long, short, r = shapes[name]
+            for key, place, size in (
+                ("exp_avg", "row", long),
+                ("exp_avg_sq", "row", long),
+                ("basis", "basis_row", short),
+            ):
+                if key in state:
+                    target = found.setdefault(
+                        f"{name} {key}", torch.full((size, r), float("nan"), dtype=state[key].dtype)
+                    )
+                    target[state[place] : state[place] + state[key].shape[0]] = state[key]
+            for key in ("step", "refreshes", "indices", "overlaps"):
+                if key in state:
+                    found[f"{name} {key}"] = torch.as_tensor(state[key]).clone()
+    return found
+
+
+def _numel(optimizer: LowRankAdamW, name: str) -> int:
+    return next(torch.Size(m.shape).numel() for m in optimizer.members if m.name == name)
+
+
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(v.dtype == b[k].dtype and torch.equal(v, b[k]) for k, v in a.items())
+
+
+def _deviation(weights: dict[str, Tensor], whole: dict[str, Any]) -> float:
+    ends, first = whole["weights"], whole["first"]
+    return max(float((weights[n] - w).norm() / (w - first[n]).norm()) for n, w in ends.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""Starting from a checkpoint that any layout wrote, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_lowrank.layouts import LayoutError, Piece, bare_model, local_tensors, write_parameter
+from ds_lowrank.layouts.zero_files import optimizer_files, packed_state, tag_folder
+from ds_lowrank.optimizer import LowRankAdamW
+from ds_lowrank.param_groups import clean_name
+from ds_lowrank.parameter_states import ROWS
+from ds_lowrank.pieces import DESCRIPTION_KEY
+from ds_lowrank.plan import MatrixPlan
+from ds_lowrank.refresh import MatrixState, tensor_of
+from ds_lowrank.report import unwrap
+from ds_lowrank.sources import Source, WholeSource, ZeroSource, load_file
+from ds_lowrank.torch_files import dcp_tensors, model_tensors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was started from.
+
+    Attributes:
+        layout, ranks: that wrote the checkpoint, as far as it says.
+        matrices: projected matrices whose moments and subspaces go on.
+        fresh: those that start anew, because the checkpoint has nothing for them.
+    """
+
+    layout: str
+    ranks: int | None
+    matrices: int
+    fresh: int
+
+
+def open_checkpoint(folder: str | Path) -> Source:
+    """A checkpoint of DeepSpeed, FSDP2, DDP or one process, by the Trainer, accelerate or ``engine.save_checkpoint``.
+
+    Args:
+        folder: of the checkpoint: ``checkpoint-1000`` of a Trainer, or what ``save_checkpoint`` was given (or the
+            folder of a tag in it).
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no weights in it.
+        ValueError: a file is damaged, or files of some ranks are missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint folder {folder}")
+    tag = tag_folder(folder)
+    if tag is not None:
+        files = [load_file(path) for path in optimizer_files(tag)]
+        if files and all(DESCRIPTION_KEY in packed_state(content)[1] for content in files):
+            return ZeroSource(tag, files)
+        return WholeSource(folder, "DeepSpeed, another optimizer", model_tensors(folder, tag), {})
+    ranks = _ranks_that_wrote(folder)
+    if (folder / "optimizer_0" / ".metadata").is_file():
+        states = _by_parameter(dcp_tensors(folder / "optimizer_0"))
+        return WholeSource(folder, "FSDP2", model_tensors(folder), states, ranks)
+    for name, layout in (("optimizer.bin", "FSDP2 or accelerate"), ("optimizer.pt", "DDP or one process")):
+        if (folder / name).is_file():
+            return WholeSource(folder, layout, model_tensors(folder), _whole_states(folder / name), ranks)
+    return WholeSource(folder, "weights only", model_tensors(folder), {}, ranks)
+
+
+@torch.no_grad()
+def load_checkpoint(folder: str | Path | Source, model: nn.Module, optimizer: Any, *, strict: bool = True) -> Loaded:
+    """Bring a model and its optimizer to where a checkpoint left off. Collective.
+
+    Weights (the fp32 master copy where there is one), AdamW's moments and low-rank states; not the learning-rate
+    schedule, random numbers and the position in the data, which belong to the training loop.
+
+    Args:
+        folder: see :func:`open_checkpoint`.
+        model: as it trains: sharded, wrapped or in its engine.
+        optimizer: a :class:`ds_lowrank.LowRankAdamW` or what accelerate or DeepSpeed wrapped it in.
+        strict: refuse a checkpoint that lacks weights of the model.
+
+    Raises:
+        ValueError: on all ranks, when the checkpoint does not fit the model or the optimizer's options.
+        FileNotFoundError: see :func:`open_checkpoint`.
+    """
+    inner = unwrap(optimizer)
+    layout = inner.layout
+    source: Any = None
+    try:
+        source = open_checkpoint(folder) if isinstance(folder, (str, Path)) else folder
+        named = {clean_name(name): p for name, p in bare_model(model).named_parameters(remove_duplicate=False)}
+        fault = _weights_fault(source, inner, named, strict) or _matrices_fault(source, inner.plans)
+    except (ValueError, OSError) as error:
+        fault = str(error)
+    for rank, found in enumerate(inner.comm.gather_objects(fault, "checkpoint")):
+        if found:
+            raise ValueError(f"the checkpoint cannot be continued (rank {rank}): {found}")
+    _load_weights(source, inner, named)
+    _load_full_rank(source, inner)
+    states = {p.name: s for p in inner.plans if (s := _matrix_state(source, inner, p)) is not None}
+    inner.replace_states(states)
+    mismatches = inner.comm.gather_objects(layout.mismatch(), "checkpoint")
+    for rank, found in enumerate(mismatches):
+        if found:
+            raise LayoutError(f"rank {rank}, after loading: {found}")
+    kept = sum(p.name in source.matrices for p in inner.plans)
+    loaded = Loaded(source.layout, source.ranks, kept, len(inner.plans) - kept)
+    if loaded.fresh and layout.ranks.rank == 0:
+        logger.warning(
+            "%s has no low-rank state for %d of %d matrices: their moments and subspaces start anew from its weights",
+            source.folder,
+            loaded.fresh,
+            len(inner.plans),
+        )
+    return loaded
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+
+def _whole_states(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = load_file(path)
+    except ValueError as error:
+        # galore-torch keeps objects in its state.
+        logger.warning("%s: its weights are used, its optimizer is not", error)
+        return {}
+    groups = content["param_groups"]
+    ids = [key for group in groups for key in group["params"]]
+    names = [name for group in groups for name in group.get("param_names", [])]
+    if len(names) != len(ids):
+        names = [str(key) for key in ids]
+    state = content["state"]
+    return {
+        clean_name(name): {k: v for k, v in state[key].items() if isinstance(v, Tensor)}
+        for key, name in zip(ids, names)
+        if key in state
+    }
+
+
+def _by_parameter(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """``optimizer.state.<parameter>.<key>`` -> parameter -> key."""
+    states: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        start, _, rest = name.partition("state.")
+        if start in ("", "optimizer.") and rest:
+            parameter, _, key = rest.rpartition(".")
+            states.setdefault(clean_name(parameter), {})[key] = tensor
+    return states
+
+
+def _ranks_that_wrote(folder: Path) -> int | None:
+    """The Trainer leaves a file of random states for every rank."""
+    found = len(list(folder.glob("rng_state_*.pth"))) or int((folder / "rng_state.pth").is_file())
+    return found or None
+
+
+def trainer_step(folder: str | Path) -> int | None:
+    """Step of a Trainer's checkpoint; ``None`` where there is no ``trainer_state.json``."""
+    path = Path(folder) / "trainer_state.json"
+    return json.loads(path.read_text())["global_step"] if path.is_file() else None
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _weights_fault(
+    source: Source, optimizer: LowRankAdamW, named: Mapping[str, nn.Parameter], strict: bool
+) -> str | None:
+    saved = source.parameters()
+    for member in optimizer.members:
+        shape = saved.get(_alias(member.name, saved, named))
+        if shape is None and strict:
+            return f"it has no weights of {member.name} {member.shape}"
+        if shape is not None and shape != member.shape:
+            return f"{member.name} is {shape} in it and {member.shape} in this model"
+    return None
+
+
+def _matrices_fault(source: Source, plans: list[MatrixPlan]) -> str | None:
+    here = {plan.name for plan in plans}
+    for name in source.matrices:
+        if name not in here:
+            return f"it has a low-rank state of {name}, which is not projected here: use the same optim_target_modules"
+    for plan in plans:
+        saved = source.matrices.get(plan.name)
+        if saved is None:
+            continue
+        if saved.left != (plan.side == "left"):
+            return f"{plan.name} {plan.shape} was projected on its other side: use the same proj_type"
+        if (saved.long, saved.short, saved.rank) != (plan.long, plan.short, plan.rank):
+            return (
+                f"{plan.name} {plan.shape} was projected to rank {saved.rank} and is to rank {plan.rank} here: use the "
+                "same rank and rank_pattern"
+            )
+    return None
+
+
+def _alias(name: str, saved: Mapping[str, Any], named: Mapping[str, nn.Parameter]) -> str:
+    """The name under which a checkpoint has a parameter: of tied ones it has one only."""
+    if name in saved or name not in named:
+        return name
+    return next((other for other, p in named.items() if p is named[name] and other in saved), name)
+
+
+def _load_weights(source: Source, optimizer: LowRankAdamW, named: Mapping[str, nn.Parameter]) -> None:
+    layout = optimizer.layout
+    saved = source.parameters()
+    pending = {m.name: m.parameter for m in optimizer.members}
+    pending.update({n: p for n, p in named.items() if not any(p is q for q in pending.values())})
+    for name, parameter in pending.items():
+        known = _alias(name, saved, named)
+        if known not in saved:
+            continue
+        write_parameter(parameter, partial(_some, source, known, "weight"), layout.ranks.rank)
+        if name in layout.pieces:
+            target = layout.weight(name)
+            target.copy_(_piece(source, known, "weight", layout.pieces[name], saved[known]))
+
+
+def _load_full_rank(source: Source, optimizer: LowRankAdamW) -> None:
+    """AdamW's moments of what is not projected."""
+    layout = optimizer.layout
+    projected = {plan.parameter for plan in optimizer.plans}
+    for key in [k for k in optimizer.state if isinstance(k, Tensor)]:
+        del optimizer.state[key]
+    shapes = {m.name: m.shape for m in optimizer.members}
+    for name in shapes:
+        if name in projected or name not in layout.pieces:
+            continue
+        steps = source.counter(name)
+        if steps is None:
+            continue
+        tensor, offset = layout.place(name)
+        piece = layout.pieces[name]
+        state = optimizer.state[tensor]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
+        # A flat buffer has one counter for all that lies in it.
+        state["step"].fill_(max(float(state["step"]), steps))
+        for moment in ("exp_avg", "exp_avg_sq"):
+            found = _piece(source, name, moment, piece, shapes[name])
+            flat = local_tensors([state[moment]])[0].view(-1)
+            flat[offset : offset + found.numel()].copy_(found)
+
+
+def _matrix_state(source: Source, optimizer: LowRankAdamW, plan: MatrixPlan) -> MatrixState | None:
+    """What this rank keeps of one matrix, from the checkpoint or fresh."""
+    state = optimizer.new_state(plan)
+    if state is None or plan.name not in source.matrices:
+        return state
+    numbers = source.numbers(plan.name)
+    state["step"], state["refreshes"] = int(numbers["step"]), int(numbers["refreshes"])
+    for key in ("indices", "overlaps"):
+        if key in state:
+            tensor_of(state, key).copy_(numbers[key])
+    for key, at in zip(ROWS, ("row", "row", "basis_row")):
+        if key in state:
+            tensor, first = tensor_of(state, key), int(state[at])
+            tensor.copy_(source.rows(plan.name, key, first, first + tensor.shape[0]))
+    return state
+
+
+def _some(source: Source, name: str, key: str, start: int, stop: int) -> Tensor:
+    found = source.elements(name, key, start, stop)
+    if found is None:
+        raise ValueError(f"{source.folder} has no {key} of {name}: a file is incomplete")
+    return found
+
+
+def _piece(source: Source, name: str, key: str, piece: Piece, shape: tuple[int, ...]) -> Tensor:
+    """1-D elements of a piece of a parameter."""
+    if piece.dim is None:
+        return _some(source, name, key, piece.start, piece.stop)
+    whole = _some(source, name, key, 0, torch.Size(shape).numel()).view(shape)
+    return whole.narrow(piece.dim, piece.start, piece.stop - piece.start).reshape(-1)

@@ -1,0 +1,286 @@
+"""Low-rank states as frameworks save them: by parameter, as whole tensors or as DTensors of them.
+
+A rank keeps the rows that it computes, which need not be cut as ``torch.chunk`` cuts, and what cannot be described by a
+DTensor ends up in the wrong rank's moments without a word. States are therefore brought into equal chunks for saving,
+or whole onto the ranks that save, and back to where they are computed after a load. Most often nothing moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_lowrank.comm import Comm
+from ds_lowrank.layouts import ParameterLayout
+from ds_lowrank.plan import MatrixPlan
+from ds_lowrank.refresh import MatrixState, tensor_of
+
+# What has rows: of A, or of the basis.
+ROWS = ("exp_avg", "exp_avg_sq", "basis")
+NUMBERS = ("step", "refreshes", "left", "indices", "overlaps")
+
+# For each rank the rows [start, stop) that it has.
+Spans = list[tuple[int, int] | None]
+
+
+class ParameterStates:
+    """Turns the states of matrices into entries of a ``state_dict``, by parameter, and back.
+
+    An entry has ``exp_avg``, ``exp_avg_sq`` (long × r) and ``basis`` (short × r) in the dtype of the states,
+    ``indices`` (r, int32), ``overlaps`` (``HISTORY``, float32), ``step``, ``refreshes`` and ``left`` (int64 numbers as
+    tensors). Those of stacked matrices have one more dimension in front.
+
+    Args:
+        layout: how the parameters lie.
+        comm: the collectives.
+        plans: of all projected matrices.
+        new_state: see :meth:`ds_lowrank.step.LowRankStep.new_state`.
+    """
+
+    def __init__(
+        self,
+        layout: ParameterLayout,
+        comm: Comm,
+        plans: Sequence[MatrixPlan],
+        new_state: Callable[[MatrixPlan], MatrixState | None],
+    ):
+        self._layout = layout
+        self._comm = comm
+        self._rank = comm.ranks.rank
+        self._new_state = new_state
+        self._plans: dict[str, list[MatrixPlan]] = {}
+        for plan in plans:
+            self._plans.setdefault(plan.parameter, []).append(plan)
+
+    def collect(
+        self, states: Mapping[str, MatrixState], takers: Sequence[int] | None = None
+    ) -> dict[str, dict[str, Tensor]]:
+        """Entries by parameter. Collective.
+
+        Args:
+            states: name of a matrix -> what this rank keeps of it.
+            takers: ranks that get every tensor whole, on the CPU; the others get nothing. ``None``: every rank gets
+                its chunk, as DTensors where the layout has them.
+        """
+        mine = {p.name: self._numbers(p, states) for plans in self._plans.values() for p in plans if self._owns(p)}
+        known: dict[str, list[Any]] = {}
+        for table in self._comm.gather_objects(mine, "checkpoint"):
+            known.update(table)
+        found = {}
+        for parameter, plans in self._plans.items():
+            entry = self._entry(parameter, plans, states, known, takers)
+            if takers is None or self._rank in takers:
+                found[parameter] = entry
+        return found
+
+    def adopt(self, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, MatrixState]:
+        """States of this rank from entries by parameter. Collective.
+
+        Args:
+            entries: as :meth:`collect` makes them; tensors that are whole on every rank will do under every layout.
+
+        Raises:
+            ValueError: on all ranks, when an entry does not fit its parameter.
+        """
+        faults = [fault for name, entry in entries.items() if (fault := self._fault(name, entry))]
+        answers = self._comm.gather_objects((faults[:1], sorted(entries)), "checkpoint")
+        for rank, (faults, names) in enumerate(answers):
+            if not faults and names != answers[0][1]:
+                faults = [f"it has {len(names)} projected parameters and rank 0 {len(answers[0][1])}"]
+            if faults:
+                raise ValueError(f"the loaded optimizer state does not fit this run (rank {rank}): {faults[0]}")
+        states: dict[str, MatrixState] = {}
+        for parameter in self._plans:
+            if parameter in entries:
+                states.update(self._states(self._plans[parameter], entries[parameter]))
+        return states
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def _owns(self, plan: MatrixPlan) -> bool:
+        return plan.owner == self._rank
+
+    def _numbers(self, plan: MatrixPlan, states: Mapping[str, MatrixState]) -> list[Any]:
+        state = states[plan.name]
+        indices, overlaps = tensor_of(state, "indices").tolist(), tensor_of(state, "overlaps").tolist()
+        return [state["step"], state["refreshes"], int(plan.side == "left"), indices, overlaps]
+
+    def _entry(
+        self,
+        parameter: str,
+        plans: Sequence[MatrixPlan],
+        states: Mapping[str, MatrixState],
+        known: Mapping[str, list[Any]],
+        takers: Sequence[int] | None,
+    ) -> dict[str, Tensor]:
+        stacked = plans[0].index is not None
+        apart = takers is None and stacked and self._layout.shard_dim(parameter) == 0
+        device = self._home(plans[0], states) if takers is None else torch.device("cpu")
+        # Experts that are dealt out whole are one chunk of the stack on each rank.
+        local = [p for p in plans if p.shares[self._rank] is not None] if apart else plans
+        rows = {key: [] for key in ROWS}  # type: dict[str, list[Tensor]]
+        for plan in local:
+            held = self._held(plan, states.get(plan.name, {}))
+            if not apart:
+                held = self._move(plan, held, self._kept(plan), self._wanted(plan, takers))
+            for key in ROWS:
+                rows[key].append(held[key].to(device))
+        entry: dict[str, Tensor] = {}
+        for key in ROWS:
+            length = plans[0].short if key == "basis" else plans[0].long
+            whole = (len(plans),) * stacked + (length, plans[0].rank)
+            if apart and not local:
+                part = torch.zeros(0, *whole[1:], dtype=plans[0].dtype, device=device)
+            else:
+                part = torch.stack(rows[key]) if stacked else rows[key][0]
+            entry[key] = (
+                part if takers is not None else self._layout.distribute(part, whole, int(stacked and not apart))
+            )
+        for place, key in enumerate(NUMBERS):
+            dtype = {"indices": torch.int32, "overlaps": torch.float32}.get(key, torch.int64)
+            values = [known[p.name][place] for p in plans]
+            entry[key] = torch.tensor(values if stacked else values[0], dtype=dtype, device=device)
+        return entry
+
+    def _home(self, plan: MatrixPlan, states: Mapping[str, MatrixState]) -> torch.device:
+        basis = states.get(plan.name, {}).get("basis")
+        if isinstance(basis, Tensor):
+            return basis.device
+        return self._layout.place(plan.parameter)[0].device
+
+    def _held(self, plan: MatrixPlan, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What this rank contributes: its rows, and of a basis that it keeps whole only its slice of rows."""
+        if "basis" not in state:
+            return {key: torch.zeros(0, plan.rank, dtype=plan.dtype) for key in ROWS}
+        held = {key: state[key] for key in ROWS}
+        mine = plan.slices[self._rank]
+        if not plan.spread and mine is not None:
+            held["basis"] = held["basis"][slice(*mine)]
+        return held
+
+    def _kept(self, plan: MatrixPlan) -> dict[str, Spans]:
+        rows: Spans = [None if share is None else (share.start, share.stop) for share in plan.shares]
+        return {"exp_avg": rows, "exp_avg_sq": rows, "basis": list(plan.slices)}
+
+    def _wanted(self, plan: MatrixPlan, takers: Sequence[int] | None) -> dict[str, Spans]:
+        if takers is None:
+            return {key: self._chunks(plan.short if key == "basis" else plan.long) for key in ROWS}
+        lengths = {key: plan.short if key == "basis" else plan.long for key in ROWS}
+        return {key: [(0, n) if k in takers else None for k in range(len(plan.copy))] for key, n in lengths.items()}
+
+    def _chunks(self, length: int) -> Spans:
+        """As ``torch.chunk`` cuts, within each copy of the model; whole where the layout cuts nothing."""
+        copy = self._comm.ranks.copy
+        if self._layout.dealt or len(copy) == 1:
+            return [(0, length)] * len(copy)
+        chunk = -(-length // copy.count(copy[0]))
+        places = [copy[:k].count(copy[k]) for k in range(len(copy))]
+        return [(min(p * chunk, length), min((p + 1) * chunk, length)) for p in places]
+
+    def _move(
+        self, plan: MatrixPlan, held: Mapping[str, Tensor], have: Mapping[str, Spans], want: Mapping[str, Spans]
+    ) -> dict[str, Tensor]:
+        """Rows of one matrix from where they are to where they are wanted, within each copy of the model."""
+        if all(_same(have[key], want[key]) for key in ROWS):
+            return dict(held)
+        everyone, copy, rank = range(len(plan.copy)), plan.copy, self._rank
+
+        def common(source: int, target: int, key: str) -> tuple[int, int]:
+            a, b = have[key][source], want[key][target]
+            if a is None or b is None or copy[source] != copy[target]:
+                return 0, 0
+            return max(a[0], b[0]), max(min(a[1], b[1]), max(a[0], b[0]))
+
+        send = []
+        for target in everyone:
+            parts = []
+            for key in ROWS:
+                start, stop = common(rank, target, key)
+                if start < stop:
+                    first = have[key][rank][0]  # type: ignore[index]
+                    parts.append(held[key][start - first : stop - first])
+            send.append(parts)
+        spans = [[(key, *common(source, rank, key)) for key in ROWS] for source in everyone]
+        sizes = [[(stop - start) * plan.rank for _, start, stop in found] for found in spans]
+        arrived = self._comm.exchange(send, [sum(s) for s in sizes], plan.dtype, "checkpoint").wait()
+        moved: dict[str, Tensor] = {}
+        for key in ROWS:
+            span = want[key][rank] or (0, 0)
+            moved[key] = torch.zeros(span[1] - span[0], plan.rank, dtype=plan.dtype, device=self._comm.ranks.device)
+        for found, size, values in zip(spans, sizes, arrived):
+            for (key, start, stop), part in zip(found, values.split(size)):
+                if start < stop:
+                    first = want[key][rank][0]  # type: ignore[index]
+                    moved[key][start - first : stop - first] = part.view(stop - start, plan.rank)
+        return moved
+
+    # -- loading --------------------------------------------------------------------------------------------------
+
+    def _fault(self, parameter: str, entry: Mapping[str, Any]) -> str | None:
+        if parameter not in self._plans:
+            return f"it has {parameter!r}, which is no projected parameter here"
+        plans = self._plans[parameter]
+        first, stacked = plans[0], plans[0].index is not None
+        missing = [key for key in (*ROWS, *NUMBERS) if not isinstance(entry.get(key), Tensor)]
+        if missing:
+            return f"{parameter} {first.shape} has no {missing[0]}"
+        for key in ROWS:
+            expected = (len(plans),) * stacked + (first.short if key == "basis" else first.long, first.rank)
+            if tuple(entry[key].shape) != expected or entry[key].dtype != first.dtype:
+                return (
+                    f"{key} of {parameter} {first.shape} is {tuple(entry[key].shape)} {entry[key].dtype}, "
+                    f"not {expected} {first.dtype}: resume with the same rank, proj_type and precision"
+                )
+        return None
+
+    def _states(self, plans: Sequence[MatrixPlan], entry: Mapping[str, Tensor]) -> dict[str, MatrixState]:
+        stacked = plans[0].index is not None
+        apart = stacked and self._layout.shard_dim(plans[0].parameter) == 0
+        here = [p.name for p in plans if p.shares[self._rank] is not None]
+        rows = {key: self._layout.local(entry[key], int(stacked and not apart)) for key in ROWS}
+        whole = rows["basis"][1]
+        states: dict[str, MatrixState] = {}
+        for plan in plans:
+            state = self._new_state(plan)
+            place = here.index(plan.name) if apart and not whole and plan.name in here else plan.index
+            # Of experts that are dealt out whole this rank has its own; all else is there in part on every rank.
+            if plan.name in here or not apart:
+                local = {key: tensor[place] if stacked else tensor for key, (tensor, _) in rows.items()}
+                if whole:
+                    local = {key: _rows(local[key], span[self._rank]) for key, span in self._needed(plan).items()}
+                elif not apart:
+                    local = self._move(plan, local, self._wanted(plan, None), self._needed(plan))
+                for key in ROWS:
+                    if state is not None and key in state:
+                        tensor_of(state, key).copy_(local[key])
+            if state is not None:
+                for key in NUMBERS:
+                    value = entry[key][plan.index] if stacked else entry[key]
+                    if key in ("step", "refreshes"):
+                        state[key] = int(value)
+                    elif key != "left" and key in state:
+                        tensor_of(state, key).copy_(value)
+                states[plan.name] = state
+        return states
+
+    def _needed(self, plan: MatrixPlan) -> dict[str, Spans]:
+        """Where rows are used: a basis that is not spread is needed whole."""
+        kept = self._kept(plan)
+        if not plan.spread:
+            kept["basis"] = [None if rows is None else (0, plan.short) for rows in plan.slices]
+        return kept
+
+
+def _same(a: Spans, b: Spans) -> bool:
+    return all((x or (0, 0)) == (y or (0, 0)) or (_empty(x) and _empty(y)) for x, y in zip(a, b))
+
+
+def _empty(span: tuple[int, int] | None) -> bool:
+    return span is None or span[0] >= span[1]
+
+
+def _rows(whole: Tensor, span: tuple[int, int] | None) -> Tensor:
+    return whole[0:0] if span is None else whole[slice(*span)]

@@ -1,0 +1,275 @@
+"""Checkpoints as what is in them by name: weights, AdamW's moments and low-rank rows, whoever wrote them.
+
+Read piece by piece from memory-mapped files: no rank ever holds more than one parameter beside its own part.
+
+    DeepSpeed               <tag>/*_optim_states.pt of all ranks (what lies where: pieces.py)
+    FSDP2, sharded          pytorch_model_fsdp_0/ and optimizer_0/, in torch's distributed checkpoint format
+    FSDP2 full, DDP,
+    one process             pytorch_model_fsdp.bin or model.safetensors, optimizer.bin or optimizer.pt
+    another optimizer       the weights of any of these
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ds_lowrank.layouts.zero_files import packed_state
+from ds_lowrank.parameter_states import ROWS
+from ds_lowrank.pieces import DESCRIPTION_KEY, STATE_KEY
+
+NUMBERS = ("step", "refreshes", "indices", "overlaps")
+
+
+@dataclass(frozen=True)
+class SavedMatrix:
+    """A matrix with a low-rank state in a checkpoint.
+
+    Attributes:
+        parameter: name of its parameter.
+        index: which of the matrices stacked in it; ``None``: it is one.
+        long, short, rank: of the moments (long × r) and the basis (short × r).
+        left: whether A = Wᵀ.
+    """
+
+    parameter: str
+    index: int | None
+    long: int
+    short: int
+    rank: int
+    left: bool
+
+
+class Source(Protocol):
+    """What a checkpoint holds.
+
+    Attributes:
+        folder: where it is.
+        layout: kind of sharding that wrote it, for humans.
+        ranks: how many ranks wrote it; ``None`` where its files do not say.
+        matrices: name -> low-rank state; empty where another optimizer wrote it.
+    """
+
+    folder: Path
+    layout: str
+    ranks: int | None
+    matrices: dict[str, SavedMatrix]
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the weights."""
+        ...
+
+    def elements(self, parameter: str, key: str, start: int, stop: int) -> Tensor | None:
+        """Elements [start, stop) of a flattened parameter's ``weight``, ``exp_avg`` or ``exp_avg_sq``; ``None``: not in
+        the checkpoint.
+        """
+        ...
+
+    def counter(self, parameter: str) -> float | None:
+        """AdamW's steps of a parameter that is not projected."""
+        ...
+
+    def rows(self, matrix: str, key: str, start: int, stop: int) -> Tensor:
+        """Rows of ``exp_avg``, ``exp_avg_sq`` or ``basis``."""
+        ...
+
+    def numbers(self, matrix: str) -> dict[str, Any]:
+        """``step``, ``refreshes``, ``indices`` (r), ``overlaps``."""
+        ...
+
+
+def load_file(path: Path) -> Any:
+    """A file that ``torch.save`` wrote, memory-mapped.
+
+    Raises:
+        ValueError: it is damaged, or holds more than tensors and numbers (another optimizer's objects).
+    """
+    try:
+        with torch.serialization.safe_globals(_deepspeed_classes()):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({_first_line(error)})") from error
+
+
+def _deepspeed_classes() -> list[Any]:
+    """What DeepSpeed puts into its files beside tensors."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+class WholeSource:
+    """A checkpoint whose tensors have global shapes: FSDP2, DDP, one process.
+
+    Args:
+        folder: of the checkpoint.
+        layout, ranks: see :class:`Source`.
+        weights: name -> tensor, or what reads it when indexed.
+        states: name -> key -> tensor; the same.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: str,
+        weights: Mapping[str, Any],
+        states: Mapping[str, Mapping[str, Any]],
+        ranks: int | None = None,
+    ):
+        self.folder, self.layout, self.ranks = folder, layout, ranks
+        self._weights, self._states = weights, states
+        self._last: tuple[Any, Tensor] = (None, torch.empty(0))
+        self.matrices: dict[str, SavedMatrix] = {}
+        for parameter, entry in states.items():
+            if not all(key in entry for key in (*ROWS, *NUMBERS)):
+                continue
+            *stack, long, r = entry["exp_avg"].shape
+            short, left = entry["basis"].shape[-2], bool(self._state(parameter, "left").flatten()[0])
+            for e in range(stack[0]) if stack else [None]:
+                name = parameter if e is None else f"{parameter}[{e}]"
+                self.matrices[name] = SavedMatrix(parameter, e, long, short, r, left)
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
+        return {name: tuple(tensor.shape) for name, tensor in self._weights.items()}
+
+    def elements(self, parameter: str, key: str, start: int, stop: int) -> Tensor | None:  # noqa: D102
+        if key == "weight":
+            found = self._read(self._weights, parameter)
+        elif key in self._states.get(parameter, {}):
+            found = self._state(parameter, key)
+        else:
+            found = None
+        return None if found is None else found.reshape(-1)[start:stop]
+
+    def counter(self, parameter: str) -> float | None:  # noqa: D102
+        return float(self._state(parameter, "step")) if "step" in self._states.get(parameter, {}) else None
+
+    def rows(self, matrix: str, key: str, start: int, stop: int) -> Tensor:  # noqa: D102
+        saved = self.matrices[matrix]
+        whole = self._state(saved.parameter, key)
+        return (whole if saved.index is None else whole[saved.index])[start:stop]
+
+    def numbers(self, matrix: str) -> dict[str, Any]:  # noqa: D102
+        saved = self.matrices[matrix]
+        whole = {key: self._state(saved.parameter, key) for key in NUMBERS}
+        found = {key: value if saved.index is None else value[saved.index] for key, value in whole.items()}
+        return {**found, "step": int(found["step"]), "refreshes": int(found["refreshes"])}
+
+    def _state(self, parameter: str, key: str) -> Tensor:
+        found = self._read(self._states[parameter], key)
+        assert found is not None
+        return found
+
+    def _read(self, table: Mapping[str, Any], key: str) -> Tensor | None:
+        """A tensor, the last one remembered: it is asked for in pieces."""
+        if key not in table:
+            return None
+        if self._last[0] != (id(table), key):
+            value = table[key]
+            self._last = ((id(table), key), value if isinstance(value, Tensor) else value.read())
+        return self._last[1]
+
+
+class ZeroSource:
+    """A checkpoint of DeepSpeed's stages 1–3 in which our optimizer has said what lies where.
+
+    Args:
+        folder: with the ``*_optim_states.pt`` of all ranks.
+        files: their contents, in rank order.
+
+    Raises:
+        ValueError: files of some ranks are missing.
+    """
+
+    def __init__(self, folder: Path, files: list[dict[str, Any]]):
+        self.folder = folder
+        parts = [packed_state(content) for content in files]
+        self._masters = [masters for masters, _ in parts]
+        self._packed = [packed["state"] for _, packed in parts]
+        self._about = [packed[DESCRIPTION_KEY] for _, packed in parts]
+        self.layout, self.ranks = self._about[0]["layout"], self._about[0]["ranks"]
+        if [a["rank"] for a in self._about] != list(range(self.ranks)):
+            raise ValueError(
+                f"{folder} has the files of {len(files)} ranks, and {self.ranks} wrote it: some are missing"
+            )
+        self._shapes = {name: tuple(p["shape"]) for name, p in self._about[0]["parameters"].items()}
+        self.matrices = {
+            name: SavedMatrix(
+                m["parameter"],
+                None if m["index"] < 0 else m["index"],
+                m["shape"][1 if m["left"] else 0],
+                m["shape"][0 if m["left"] else 1],
+                m["rank"],
+                bool(m["left"]),
+            )
+            for name, m in self._about[0]["matrices"].items()
+            if any(name in self._low_rank(k) for k in range(self.ranks))
+        }
+
+    def _low_rank(self, rank: int) -> dict[str, Any]:
+        return self._packed[rank].get(STATE_KEY, {})
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
+        return dict(self._shapes)
+
+    def elements(self, parameter: str, key: str, start: int, stop: int) -> Tensor | None:  # noqa: D102
+        found: Tensor | None = None
+        for rank, about in enumerate(self._about):
+            piece = about["parameters"].get(parameter, {})
+            a, b = max(start, piece.get("start", 0)), min(stop, piece.get("stop", 0))
+            if a >= b:
+                continue
+            if key == "weight":
+                flat = self._masters[rank][piece["unit"]]
+            else:
+                flat = self._packed[rank].get(piece["state"], {}).get(key)
+            if flat is None:
+                return None
+            first = piece["offset"] + a - piece["start"]
+            if found is None:
+                found = torch.empty(stop - start, dtype=flat.dtype)
+            found[a - start : b - start] = flat[first : first + b - a]
+        return found
+
+    def counter(self, parameter: str) -> float | None:  # noqa: D102
+        for rank, about in enumerate(self._about):
+            state = self._packed[rank].get(about["parameters"].get(parameter, {}).get("state"), {})
+            if "step" in state:
+                return float(state["step"])
+        return None
+
+    def rows(self, matrix: str, key: str, start: int, stop: int) -> Tensor:  # noqa: D102
+        found: Tensor | None = None
+        at = "basis_row" if key == "basis" else "row"
+        for rank in range(self.ranks):
+            state = self._low_rank(rank).get(matrix, {})
+            if key not in state:
+                continue
+            tensor, first = state[key], state[at]
+            a, b = max(start, first), min(stop, first + tensor.shape[0])
+            if found is None:
+                found = torch.empty(stop - start, tensor.shape[1], dtype=tensor.dtype)
+            if a < b:
+                found[a - start : b - start] = tensor[a - first : b - first]
+        assert found is not None
+        return found
+
+    def numbers(self, matrix: str) -> dict[str, Any]:  # noqa: D102
+        for rank in range(self.ranks):
+            state = self._low_rank(rank).get(matrix, {})
+            if "overlaps" in state:
+                return {key: state[key] for key in NUMBERS}
+        raise ValueError(f"{self.folder} has no counters of {matrix}: the files of a rank are damaged")
