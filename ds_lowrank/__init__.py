@@ -1,6 +1,7 @@
 """Low-rank optimizers (SARA, GaLore) that work under DeepSpeed ZeRO, FSDP2 and DDP."""
 
 from ds_lowrank.config import LowRankConfig
+from ds_lowrank.integrations.checkpoints import PREEMPTED_EXIT_CODE, CheckpointCallback
 from ds_lowrank.integrations.deepspeed import (
     build_optimizer,
     check_deepspeed_config,
@@ -14,6 +15,8 @@ from ds_lowrank.param_groups import param_groups, projected_names
 from ds_lowrank.report import describe
 
 __all__ = [
+    "PREEMPTED_EXIT_CODE",
+    "CheckpointCallback",
     "LayoutError",
     "LowRankAdamW",
     "LowRankCallback",
