@@ -201,6 +201,7 @@ class PretrainArguments(TrainingArguments):
         help="go on with the newest complete checkpoint in --output_dir, or start where there is none: the same "
         "command the first time and after every crash or preemption",
     )
+    resumed_step: int = field(default=0, init=False)  # the step that this run starts at
     save_total_limit: int | None = HfArg(default=None, help="checkpoints that are kept; default: all")
     bf16: bool | None = HfArg(default=None, help="default: on an accelerator that supports it")
     if "activation_checkpointing" not in _BASE_FIELDS:  # transformers < 5 has the older name only

@@ -29,7 +29,6 @@ import datasets
 import transformers
 from arguments import DataArguments, ModelArguments, PretrainArguments, parse_arguments
 from data import PackedData, collate, load_data
-from resuming import steps_made
 from sharding import check_trainer
 from torch import Tensor
 from trainer import PretrainTrainer
@@ -177,7 +176,7 @@ def finish(
     eval_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model(args.output_dir)
     tokens = trainer.state.global_step * trainer.tokens_per_step
-    made_here = tokens - _steps_before(args) * trainer.tokens_per_step
+    made_here = tokens - args.resumed_step * trainer.tokens_per_step
     metrics = {
         "optimizer": args.optimizer,
         "perplexity": math.exp(eval_loss) if eval_loss < 700 else math.inf,
@@ -207,13 +206,6 @@ def _leave(trainer: PretrainTrainer) -> int:
         print(f"preempted by {name}: saved {saved}; the same command with --resume goes on with it", flush=True)
     trainer.accelerator.wait_for_everyone()  # a launcher ends all ranks after the first
     return ds_lowrank.PREEMPTED_EXIT_CODE
-
-
-def _steps_before(args: PretrainArguments) -> int:
-    """Steps that the run had made when it was resumed."""
-    if not args.resume_from_checkpoint:
-        return 0
-    return steps_made(args.resume_from_checkpoint)
 
 
 def _whole_steps(train: Any, args: PretrainArguments) -> Any:

@@ -15,10 +15,11 @@ from ds_lowrank.integrations.checkpoints import course_refusal
 
 
 def resolve_resume(args: Any) -> None:
-    """Set ``args.resume_from_checkpoint`` to the folder to go on with, or to ``None``; every rank checks a share of it.
+    """Find the checkpoint to go on with; every rank checks a share of it.
 
     Args:
-        args: the training arguments; ``resume``, ``resume_from_checkpoint`` and ``output_dir`` are read.
+        args: the training arguments; ``resume``, ``resume_from_checkpoint`` and ``output_dir`` are read,
+            ``resume_from_checkpoint`` (a folder, or ``None``) and ``resumed_step`` are set.
 
     Raises:
         ValueError: two flags that exclude each other; there is no checkpoint where one was asked for; it is incomplete
@@ -49,8 +50,8 @@ def resolve_resume(args: Any) -> None:
             raise ValueError(f"{flag}: {error}") from error
         if found.facts.get("model_only"):
             raise ValueError(f"{flag}: {folder} was written with --save_only_model and has no optimizer to go on with")
-        step = steps_made(folder)
-    args.resume_from_checkpoint = None if folder is None else str(folder)
+        step = _steps_made(folder)
+    args.resume_from_checkpoint, args.resumed_step = None if folder is None else str(folder), step
     beyond = manifest.complete_beyond(output, step)
     if beyond:
         raise ValueError(course_refusal(output, step, beyond))
@@ -61,13 +62,8 @@ def resolve_resume(args: Any) -> None:
         print(f"--resume: {there}", flush=True)
 
 
-def steps_made(folder: str | Path) -> int:
-    """Steps of the run that wrote a checkpoint.
-
-    Raises:
-        ValueError: it is not one of the Trainer's.
-    """
-    path = Path(folder) / "trainer_state.json"
+def _steps_made(folder: Path) -> int:
+    path = folder / "trainer_state.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no trainer_state.json: it is no checkpoint of the Trainer")
     return json.loads(path.read_text())["global_step"]
