@@ -15,6 +15,8 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ AIMS = {"start": 0.15, "training": 0.25, "save": 0.6}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="kill no more after so many")
     parser.add_argument("--layout", choices=LAYOUTS, default="zero2", help="configs/*.json, or one process")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=24)
@@ -60,18 +63,22 @@ def run_all(args: argparse.Namespace, folder: Path) -> list[Row]:
     print(f"undisturbed: {seconds:.0f} s", flush=True)
     chance = random.Random(args.seed)
     rows: list[Row] = []
-    left = args.kills
-    while left:
-        name = f"run {len(rows) + 1}"
-        row = disturb(args, folder, name, left, seconds, chance)
+    left, end = args.kills, clock + 60 * args.minutes
+    while left and (not rows or time.monotonic() < end):
+        row = disturb(args, folder, partial(wanted, left, end), seconds, chance)
         left -= row["kills"]
-        rows.append(row)
-        print(*(f"{key} {value}" for key, value in row.items()), sep=", ", flush=True)
+        rows.append({"run": f"run {len(rows) + 1}", **row})
+        print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
     total: Row = {"run": "all"}
     for key in list(rows[0])[1:]:
         values = [row[key] for row in rows]
         total[key] = all(values) if isinstance(values[0], bool) else sum(values)
     return [*rows, total]
+
+
+def wanted(left: int, end: float, kills: int) -> bool:
+    """Whether to kill once more, after ``kills`` of ``left`` and before the time is up."""
+    return kills < left and time.monotonic() < end
 
 
 def command(args: argparse.Namespace, folder: Path, output: str) -> list[str]:
@@ -101,9 +108,9 @@ def command(args: argparse.Namespace, folder: Path, output: str) -> list[str]:
 
 
 def disturb(
-    args: argparse.Namespace, folder: Path, name: str, kills: int, seconds: float, chance: random.Random
+    args: argparse.Namespace, folder: Path, more: Callable[[int], bool], seconds: float, chance: random.Random
 ) -> Row:
-    """One run, killed up to ``kills`` times and started again until it gets to its end."""
+    """One run, killed as long as ``more`` wants (given the kills so far) and started again until it gets to its end."""
     output = folder / "disturbed"
     argv = command(args, folder, output.name)
     counts: Counter[str] = Counter()
@@ -113,10 +120,10 @@ def disturb(
         repeated += max(0, reached - begin)
         attempt = Attempt(folder, argv, args.ranks)
         attempts += 1
-        if counts["kills"] < kills:
+        armed = more(counts["kills"])
+        if armed:
             wait_for_the_moment(attempt, output, before, seconds, chance)
-        killed = counts["kills"] < kills and attempt.running
-        if killed:
+        if armed and attempt.running:
             attempt.kill(chance.randrange(args.ranks))
             attempt.end()
             counts["kills"] += 1
@@ -132,12 +139,11 @@ def disturb(
             continue
         codes = attempt.wait(PATIENCE)
         if any(codes):
-            raise SystemExit(f"attempt {attempts} of {name} ended by itself with {codes}:\n{attempt.printed()[-3000:]}")
+            raise SystemExit(f"attempt {attempts} ended by itself with {codes}:\n{attempt.printed()[-3000:]}")
         break
     equal = same_weights(output, folder / "undisturbed")
     shutil.rmtree(output)
     return {
-        "run": name,
         "kills": counts["kills"],
         "inside_save": counts["inside_save"],
         "inside_deletion": counts["inside_deletion"],
