@@ -145,7 +145,8 @@ def test_an_incomplete_checkpoint_is_refused_where_it_is_named(workplace, checkp
     (checkpoint / manifest.MARKER).unlink()
     last = refused(workplace, checkpoint, capfd, resume_from_checkpoint=checkpoint)
     assert "checkpoint-4 has no complete.json" in last
-    last = refused(workplace, checkpoint, capfd, resume_from_checkpoint="true")
+    with pytest.warns(UserWarning, match="checkpoint-4 passed over"):
+        last = refused(workplace, checkpoint, capfd, resume_from_checkpoint="true")
     assert f"there is no checkpoint in {checkpoint.parent} that is complete" in last
 
 
