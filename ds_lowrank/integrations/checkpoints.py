@@ -24,6 +24,8 @@ from ds_lowrank.report import unwrap
 T = TypeVar("T")
 # EX_TEMPFAIL of sysexits.h: "try again". What a preempted run ends with, so that a scheduler can start it again.
 PREEMPTED_EXIT_CODE = 75
+# Arguments that are changed while training, and put back at its end.
+_TAKEN = ("save_total_limit", "save_only_model", "load_best_model_at_end")
 
 
 class CheckpointCallback(TrainerCallback):
@@ -69,7 +71,7 @@ class CheckpointCallback(TrainerCallback):
         self.preempted, self.saved = None, None
         self._prepared_step = self._saved_step = -1
         if self._taken is None:  # otherwise an exception ended the training before
-            self._taken = {"save_total_limit": args.save_total_limit, "save_only_model": args.save_only_model}
+            self._taken = {name: getattr(args, name) for name in _TAKEN}
         args.save_total_limit = None
         self._vote = Vote(args.device) if _ranks() > 1 else None
         ignore_termination_in_workers(train_dataloader)
@@ -138,6 +140,7 @@ class CheckpointCallback(TrainerCallback):
     def _preempt(self, told: int, args: Any, state: Any, control: Any) -> None:
         self.preempted = signal.Signals(told).name
         args.save_only_model = False  # it is there to be resumed from
+        args.load_best_model_at_end = False  # nobody will use it
         control.should_save = control.should_training_stop = True
         # There is no time for it, and with save_strategy "best" its result would decide about the save.
         control.should_evaluate = False

@@ -101,7 +101,11 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(pools, tmp_path, last):
 def _train_with_signal(output: Path, last: int) -> tuple[int, str | None, bool, bool]:
     callback = CheckpointCallback()
     args = SimpleNamespace(
-        output_dir=str(output), save_total_limit=None, save_only_model=False, device=torch.device("cpu")
+        output_dir=str(output),
+        save_total_limit=None,
+        save_only_model=False,
+        load_best_model_at_end=False,
+        device=torch.device("cpu"),
     )
     before = signal.getsignal(signal.SIGTERM)
     step = 0

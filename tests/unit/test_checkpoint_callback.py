@@ -127,6 +127,16 @@ def test_preempted_at_the_end_of_an_epoch_it_saves_once_and_evaluates_nothing(tm
     assert (len(evaluations), len(saves)) == (0, 1)
 
 
+def test_preempted_where_it_would_evaluate_it_saves_although_it_is_not_the_best(tmp_path):
+    """With save_strategy "best" the Trainer lets the evaluation decide about the save."""
+    evaluations = []
+    options = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    counter = At(3, evaluations.append, "on_evaluate")
+    trainer(tmp_path, CheckpointCallback(), At(2, kill()), counter, greater_is_better=True, **options).train()
+    assert complete(tmp_path) == [1, 3]
+    assert not evaluations
+
+
 def test_a_signal_after_the_last_step_does_what_it_does_without_us(tmp_path):
     """Nothing of it is left to be saved, and it must not be swallowed."""
     came = []
@@ -180,6 +190,15 @@ def test_the_best_model_is_kept(tmp_path):
     run.train()
     assert run.state.best_model_checkpoint.endswith("checkpoint-2")
     assert complete(tmp_path) == [2, 6]
+
+
+def test_a_preempted_run_does_not_load_the_best_model(tmp_path, monkeypatch):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    run = trainer(tmp_path, CheckpointCallback(), At(4, kill()), **options)
+    monkeypatch.setattr(run, "_load_best_model", lambda: pytest.fail("it takes time"))
+    run.train()
+    assert complete(tmp_path) == [2, 4, 5]
+    assert run.args.load_best_model_at_end
 
 
 @pytest.mark.parametrize(("greater", "expected"), [(False, [2, 4, 6]), (True, [2])])
