@@ -2,6 +2,7 @@
 
 from ds_lowrank.checkpoint import Loaded, load_checkpoint, open_checkpoint
 from ds_lowrank.config import LowRankConfig
+from ds_lowrank.integrations.checkpoints import PREEMPTED_EXIT_CODE, CheckpointCallback
 from ds_lowrank.integrations.deepspeed import (
     build_optimizer,
     check_deepspeed_config,
@@ -15,6 +16,8 @@ from ds_lowrank.param_groups import param_groups, projected_names
 from ds_lowrank.report import describe
 
 __all__ = [
+    "PREEMPTED_EXIT_CODE",
+    "CheckpointCallback",
     "LayoutError",
     "Loaded",
     "LowRankAdamW",

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resuming import resolve_resume
 from sharding import check_checkpoints, check_launch, read_config, world_size
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint
 
 import ds_lowrank
 
@@ -193,8 +193,16 @@ class PretrainArguments(TrainingArguments):
     report_to: str | None = HfArg(default="tensorboard", help="tensorboard, wandb, none, ... (the Trainer's flag)")
     dataloader_num_workers: int = HfArg(default=0, aliases=["--workers"])
     resume_from_checkpoint: str | None = HfArg(
-        default=None, help="folder of a checkpoint, or true for the newest in --output_dir; same number of ranks"
+        default=None,
+        help="folder of a checkpoint, or true for the newest complete one in --output_dir; same number of ranks",
     )
+    resume: bool = HfArg(
+        default=False,
+        help="go on with the newest complete checkpoint in --output_dir, or start where there is none: the same "
+        "command the first time and after every crash or preemption",
+    )
+    resumed_step: int = field(default=0, init=False)  # the step that this run starts at
+    save_total_limit: int | None = HfArg(default=None, help="checkpoints that are kept; default: all")
     bf16: bool | None = HfArg(default=None, help="default: on an accelerator that supports it")
     if "activation_checkpointing" not in _BASE_FIELDS:  # transformers < 5 has the older name only
         gradient_checkpointing: bool = HfArg(default=False, aliases=["--activation_checkpointing"])
@@ -212,7 +220,7 @@ class PretrainArguments(TrainingArguments):
             self.eval_strategy = "steps"
         if self.save_steps and self.save_strategy == "no":
             self.save_strategy = "steps"
-        self._resolve_resume()
+        resolve_resume(self)
         check_checkpoints(self, self.optimizer == "lowrank")
         super().__post_init__()
         if self.deepspeed and self.use_cpu:
@@ -220,18 +228,6 @@ class PretrainArguments(TrainingArguments):
             import deepspeed  # not before prepare_cpu()
 
             deepspeed.init_distributed()
-
-    def _resolve_resume(self) -> None:
-        """Find the checkpoint, before anything is started."""
-        wanted: str | None = self.resume_from_checkpoint
-        if not wanted:
-            return
-        if wanted.lower() == "true":
-            wanted = get_last_checkpoint(str(self.output_dir)) if Path(str(self.output_dir)).is_dir() else None
-        folder = Path(wanted or str(self.output_dir))
-        self.resume_from_checkpoint = str(folder)
-        if not (folder / "trainer_state.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}; see --save_every")
 
     def _choose_device(self) -> None:
         if not torch.cuda.is_available():

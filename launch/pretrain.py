@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 import warnings
@@ -41,13 +42,19 @@ from ds_lowrank.layouts import whole_shape
 
 
 def main(argv: list[str]) -> int:
-    """Run the script; returns its exit code: 2 when the command line or the data cannot be used."""
+    """Run the script; returns its exit code.
+
+    It is 2 when the command line, the data or the checkpoint cannot be used, and ``PREEMPTED_EXIT_CODE`` when a signal
+    ended the run and it can be resumed.
+    """
     _quieten()
     try:
         trainer, config = set_up(argv)
     except (ValueError, OSError) as error:
         return _refuse(error)
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if trainer.checkpoints.preempted:
+        return _leave(trainer)
     metrics = finish(trainer, result.metrics, config)
     if trainer.is_world_process_zero():
         print(f"saved to {trainer.args.output_dir}")
@@ -154,6 +161,7 @@ def build_trainer(
         eval_dataset=data.validation,
         processing_class=data.tokenizer,
         callbacks=[ds_lowrank.LowRankCallback()] if low_rank else None,
+        checkpoints=ds_lowrank.CheckpointCallback(),
         optimizer_cls_and_kwargs=(ds_lowrank.trainer_optimizer(config, args=args) if low_rank else None),
     )
     check_trainer(trainer, low_rank)
@@ -168,7 +176,7 @@ def finish(
     eval_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model(args.output_dir)
     tokens = trainer.state.global_step * trainer.tokens_per_step
-    made_here = tokens - _steps_before(args) * trainer.tokens_per_step
+    made_here = tokens - args.resumed_step * trainer.tokens_per_step
     metrics = {
         "optimizer": args.optimizer,
         "perplexity": math.exp(eval_loss) if eval_loss < 700 else math.inf,
@@ -177,7 +185,7 @@ def finish(
         "steps": trainer.state.global_step,
         "tokens": tokens,
         "train_seconds": train_metrics["train_runtime"],
-        "tokens_per_second": made_here / train_metrics["train_runtime"],
+        "tokens_per_second": made_here / train_metrics["train_runtime"] if made_here else None,
         "world_size": args.world_size,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
@@ -189,11 +197,15 @@ def finish(
     return metrics
 
 
-def _steps_before(args: PretrainArguments) -> int:
-    """Steps that the run had made when it was resumed."""
-    if not args.resume_from_checkpoint:
-        return 0
-    return json.loads(Path(args.resume_from_checkpoint, "trainer_state.json").read_text())["global_step"]
+def _leave(trainer: PretrainTrainer) -> int:
+    """End a preempted run: say what was saved, and nothing that would take time."""
+    # Another signal, such as a launcher's to the ranks that are left, must not change the exit code any more.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if trainer.is_world_process_zero():
+        saved, name = trainer.checkpoints.saved, trainer.checkpoints.preempted
+        print(f"preempted by {name}: saved {saved}; the same command with --resume goes on with it", flush=True)
+    trainer.accelerator.wait_for_everyone()  # a launcher ends all ranks after the first
+    return ds_lowrank.PREEMPTED_EXIT_CODE
 
 
 def _whole_steps(train: Any, args: PretrainArguments) -> Any:

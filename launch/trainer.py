@@ -8,8 +8,9 @@ from typing import Any
 
 from datasets import IterableDataset
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 
 import ds_lowrank
 
@@ -20,10 +21,13 @@ class PretrainTrainer(Trainer):
     Args:
         sequence_length: tokens in a row of the training set.
         low_rank: whether the optimizer is ours, with figures of its own.
+        checkpoints: what completes checkpoints and watches for preemption.
         kwargs: of ``Trainer``.
     """
 
-    def __init__(self, *, sequence_length: int, low_rank: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *, sequence_length: int, low_rank: bool, checkpoints: ds_lowrank.CheckpointCallback, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.low_rank = low_rank
         args = self.args
@@ -34,6 +38,20 @@ class PretrainTrainer(Trainer):
             for default in (ProgressCallback, PrinterCallback):
                 self.remove_callback(default)
             self.add_callback(ConsoleCallback())
+        self.checkpoints = checkpoints
+        self.add_callback(checkpoints)
+        self.add_callback(_NothingLeftCallback())
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """The Trainer's; a run that is resumed after its last step makes no further one (the Trainer makes one)."""
+        try:
+            return super().train(*args, **kwargs)
+        except _NothingLeft:
+            self.is_in_train = False
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+            metrics = {"train_loss": losses[-1] if losses else None, "train_runtime": 0.0}
+            return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's, except that every rank reads its own share of a stream (accelerate reads all on one)."""
@@ -71,6 +89,21 @@ class PretrainTrainer(Trainer):
             return {}
         tokens = (self.state.global_step - step) * self.tokens_per_step
         return {"tokens_per_second": tokens / (now - then)}
+
+
+class _NothingLeft(Exception):
+    """The checkpoint that was resumed is the last of its run."""
+
+
+class _NothingLeftCallback(TrainerCallback):
+    """Ends training before its first step where the steps have all been made; the last to hear that it begins."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raise on all ranks, whose steps have been compared."""
+        if state.global_step >= state.max_steps:
+            raise _NothingLeft
 
 
 # Key in the logs, label on the console, format.

@@ -1,0 +1,80 @@
+"""Which checkpoint a run goes on with: found, checked and refused before anything is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from sharding import world_size
+
+from ds_lowrank import manifest
+from ds_lowrank.integrations.checkpoints import course_refusal
+
+
+def resolve_resume(args: Any) -> None:
+    """Find the checkpoint to go on with; every rank checks a share of it.
+
+    Args:
+        args: the training arguments; ``resume``, ``resume_from_checkpoint`` and ``output_dir`` are read,
+            ``resume_from_checkpoint`` (a folder, or ``None``) and ``resumed_step`` are set.
+
+    Raises:
+        ValueError: two flags that exclude each other; there is no checkpoint where one was asked for; it is incomplete
+            or damaged; or a complete one of a later step lies in ``output_dir``.
+    """
+    wanted: str | None = args.resume_from_checkpoint
+    if args.resume and wanted:
+        raise ValueError("--resume and --resume_from_checkpoint exclude each other: give one of them")
+    output = Path(str(args.output_dir))
+    folder = None
+    if args.resume or (wanted or "").lower() == "true":
+        folder = _newest(output)
+        if folder is None and wanted:
+            raise ValueError(
+                f"--resume_from_checkpoint: there is no checkpoint in {output} that is complete; see --save_every, and "
+                "--resume, which starts from scratch then"
+            )
+    elif wanted:
+        folder = Path(wanted)
+        if not folder.is_dir():
+            raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}; see --save_every")
+    step = 0
+    if folder is not None:
+        flag = "--resume" if args.resume else "--resume_from_checkpoint"
+        try:
+            found = manifest.verify(folder, (_rank(), world_size()))
+        except ValueError as error:
+            raise ValueError(f"{flag}: {error}") from error
+        if found.facts.get("model_only"):
+            raise ValueError(f"{flag}: {folder} was written with --save_only_model and has no optimizer to go on with")
+        step = _steps_made(folder)
+    args.resume_from_checkpoint, args.resumed_step = None if folder is None else str(folder), step
+    beyond = manifest.complete_beyond(output, step)
+    if beyond:
+        raise ValueError(course_refusal(output, step, beyond))
+    if args.resume and _rank() == 0:
+        there = (
+            f"going on with {folder}, step {step}" if folder else f"no complete checkpoint in {output}: from scratch"
+        )
+        print(f"--resume: {there}", flush=True)
+
+
+def _steps_made(folder: Path) -> int:
+    path = folder / "trainer_state.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no trainer_state.json: it is no checkpoint of the Trainer")
+    return json.loads(path.read_text())["global_step"]
+
+
+def _newest(output: Path) -> Path | None:
+    with warnings.catch_warnings():
+        if _rank():  # once is enough
+            warnings.simplefilter("ignore")
+        return manifest.newest_complete(output)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
