@@ -9,6 +9,7 @@ from ds_lowrank.integrations.deepspeed import (
     deepspeed_optimizer,
     prepare_cpu,
 )
+from ds_lowrank.integrations.resume import ResumeAnywhere
 from ds_lowrank.integrations.transformers import LowRankCallback, metrics, trainer_optimizer
 from ds_lowrank.layouts import LayoutError, long_side_placement
 from ds_lowrank.optimizer import LowRankAdamW, exclude_from_ddp
@@ -23,6 +24,7 @@ __all__ = [
     "LowRankAdamW",
     "LowRankCallback",
     "LowRankConfig",
+    "ResumeAnywhere",
     "build_optimizer",
     "check_deepspeed_config",
     "deepspeed_optimizer",

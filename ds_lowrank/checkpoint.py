@@ -63,7 +63,7 @@ def open_checkpoint(folder: str | Path) -> Source:
         files = [load_file(path) for path in optimizer_files(tag)]
         if files and all(DESCRIPTION_KEY in packed_state(content)[1] for content in files):
             return ZeroSource(tag, files)
-        return WholeSource(folder, "DeepSpeed, another optimizer", model_tensors(folder, tag), {})
+        return WholeSource(folder, "DeepSpeed with another optimizer", model_tensors(folder, tag), {})
     ranks = _ranks_that_wrote(folder)
     if (folder / "optimizer_0" / ".metadata").is_file():
         states = _by_parameter(dcp_tensors(folder / "optimizer_0"))
@@ -121,6 +121,11 @@ def load_checkpoint(folder: str | Path | Source, model: nn.Module, optimizer: An
             len(inner.plans),
         )
     return loaded
+
+
+def has_low_rank(folder: str | Path) -> bool:
+    """Whether a checkpoint holds states of this optimizer; see :func:`open_checkpoint`."""
+    return bool(open_checkpoint(folder).matrices)
 
 
 # -- opening ----------------------------------------------------------------------------------------------------------

@@ -42,6 +42,30 @@ class Stored:
         return tensor
 
 
+class Consolidated(Mapping[str, Tensor]):
+    """The fp32 weights of a DeepSpeed checkpoint, put together by DeepSpeed itself when they are first needed."""
+
+    def __init__(self, tag: Path):
+        self._tag = tag
+        self._weights: dict[str, Tensor] | None = None
+
+    def _all(self) -> dict[str, Tensor]:
+        if self._weights is None:
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+            self._weights = get_fp32_state_dict_from_zero_checkpoint(str(self._tag.parent), tag=self._tag.name)
+        return self._weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
 def dcp_tensors(folder: Path) -> dict[str, Stored]:
     """The tensors of a distributed checkpoint by their flattened names.
 
@@ -83,9 +107,7 @@ def model_tensors(folder: Path, tag: Path | None = None) -> Mapping[str, Any]:
         ValueError: a file is damaged.
     """
     if tag is not None:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        return get_fp32_state_dict_from_zero_checkpoint(str(tag.parent), tag=tag.name)
+        return Consolidated(tag)
     if (folder / "pytorch_model_fsdp_0" / ".metadata").is_file():
         stored = dcp_tensors(folder / "pytorch_model_fsdp_0")
         return {name.removeprefix("model."): s for name, s in stored.items()}  # accelerate saves {"model": ...}

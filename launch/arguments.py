@@ -194,7 +194,7 @@ class PretrainArguments(TrainingArguments):
     dataloader_num_workers: int = HfArg(default=0, aliases=["--workers"])
     resume_from_checkpoint: str | None = HfArg(
         default=None,
-        help="folder of a checkpoint, or true for the newest complete one in --output_dir; same number of ranks",
+        help="folder of a checkpoint, or true for the newest complete one in --output_dir",
     )
     resume: bool = HfArg(
         default=False,

@@ -14,8 +14,8 @@ from transformers import Trainer
 
 import ds_lowrank
 from ds_lowrank.integrations.fsdp import check_fsdp_config
-from ds_lowrank.integrations.transformers import check_saving, wants_fsdp
 from ds_lowrank.integrations.transformers import check_trainer as check_chosen
+from ds_lowrank.integrations.transformers import wants_fsdp
 
 
 def world_size() -> int:
@@ -83,50 +83,40 @@ def check_launch(args: Any) -> None:
 
 
 def check_checkpoints(args: Any, low_rank: bool) -> None:
-    """Refuse to write, or to resume from, checkpoints that would not hold or not load the optimizer as it was.
+    """Refuse to resume from what would not load the optimizer as it was.
+
+    Our optimizer goes on with what any layout has saved; others are loaded by the frameworks themselves.
 
     Args:
         args: the training arguments; ``resume_from_checkpoint`` is a folder or empty.
         low_rank: whether the optimizer is ours.
     """
-    if low_rank and not args.deepspeed:
-        check_saving(args, world_size())
-    if args.resume_from_checkpoint:
-        _check_resume(args, Path(args.resume_from_checkpoint), low_rank)
+    if args.resume_from_checkpoint and not low_rank:
+        _check_resume(args, Path(args.resume_from_checkpoint))
 
 
 def check_trainer(trainer: Trainer, low_rank: bool) -> None:
     """Refuse what the Trainer chose where something else was asked for.
 
     Raises:
-        ValueError: see :func:`ds_lowrank.integrations.transformers.check_trainer`; or FSDP would save no model that
-            can be loaded.
+        ValueError: see :func:`ds_lowrank.integrations.transformers.check_trainer`.
     """
     check_chosen(trainer, low_rank)
-    if trainer.is_fsdp_enabled:
-        kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
-        if "FULL_STATE_DICT" not in kind:
-            raise ValueError(
-                f'FSDP with {kind} saves no model that can be loaded: set "state_dict_type": "FULL_STATE_DICT" in the '
-                "FSDP configuration (accelerate launch: --fsdp_state_dict_type FULL_STATE_DICT)"
-            )
 
 
-def _check_resume(args: Any, folder: Path, low_rank: bool) -> None:
+def _check_resume(args: Any, folder: Path) -> None:
     flag = f"--resume_from_checkpoint: {folder}"
     by_deepspeed = bool(list(folder.glob("global_step*")))
     if by_deepspeed != bool(args.deepspeed):
         wrote, here = ("with", "without") if by_deepspeed else ("without", "with")
         raise ValueError(f"{flag} was written {wrote} DeepSpeed and this run is {here} it: the optimizer would be lost")
     if not by_deepspeed:
-        if low_rank and (wants_fsdp(args) or world_size() > 1):
-            raise ValueError(f"{flag}: resuming under FSDP2 and DDP is not built yet: use DeepSpeed, or one process")
         return
     ranks = len(list(folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
     if ranks and ranks != world_size():
         raise ValueError(
-            f"{flag} was written by {ranks} ranks and this run has {world_size()}: start {ranks} (resuming on another "
-            "number is not supported yet)"
+            f"{flag} was written by {ranks} ranks and this run has {world_size()}: start {ranks} (DeepSpeed does not "
+            "load AdamW's states on another number; ours go on anywhere)"
         )
     stage = ds_lowrank.check_deepspeed_config(args.deepspeed)["zero_optimization"]["stage"]
     partitioned = bool(list(folder.glob("global_step*/*zero_pp_rank_*_model_states.pt")))

@@ -15,7 +15,7 @@ from transformers.trainer_utils import TrainOutput
 import ds_lowrank
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(ds_lowrank.ResumeAnywhere, Trainer):
     """``Trainer`` that logs tokens per second and the low-rank optimizer's figures, and reads streams per rank.
 
     Args:
@@ -64,6 +64,16 @@ class PretrainTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's; at the end of a run the whole model under FSDP2 too, whose checkpoints are in shards."""
+        whole = not self.is_fsdp_enabled or "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if whole or _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = self.accelerator.get_state_dict(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's; its time does not count against training throughput."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ds_lowrank.config import LowRankConfig
+from ds_lowrank.integrations.checkpoints import CheckpointCallback
 from ds_lowrank.integrations.deepspeed import build_optimizer, check_deepspeed_config
 from ds_lowrank.integrations.fsdp import check_fsdp_config
 from ds_lowrank.optimizer import LowRankAdamW, construction_checks, exclude_from_ddp
@@ -124,8 +125,8 @@ def check_trainer(trainer: Any, checkpoints: bool = True) -> None:
             'FSDP1 flattens parameters across matrices and is not supported: set "version": 2 in fsdp_config '
             "(accelerate launch: --fsdp_version 2)"
         )
-    if checkpoints and not trainer.is_deepspeed_enabled:
-        check_saving(args, args.world_size)
+    if checkpoints and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
+        check_saving(args, args.world_size, trainer.callback_handler.callbacks)
 
 
 def check_layerwise(args: Any) -> None:
@@ -145,22 +146,23 @@ def check_layerwise(args: Any) -> None:
         )
 
 
-def check_saving(args: Any, ranks: int) -> None:
-    """Refuse checkpoints of a run without DeepSpeed that could not be resumed from exactly.
+def check_saving(args: Any, ranks: int, callbacks: Sequence[Any]) -> None:
+    """Refuse checkpoints under DDP that nobody prepares: every rank keeps a part of the states, and rank 0 saves.
 
     Args:
         args: the ``TrainingArguments``.
         ranks: number of processes.
+        callbacks: of the Trainer.
 
     Raises:
         ValueError: see above.
     """
     saves = args.save_strategy != "no" and not args.save_only_model
-    if saves and (wants_fsdp(args) or ranks > 1):
+    if saves and ranks > 1 and not any(isinstance(c, CheckpointCallback) for c in callbacks):
         raise ValueError(
-            "checkpoints under FSDP2 and DDP are not built yet: every rank has low-rank states of its own, and the "
-            'Trainer would save one rank\'s. Set save_strategy to "no" (leave --save_every out), set save_only_model, '
-            "or use DeepSpeed"
+            "under DDP every rank keeps a part of the low-rank states and the Trainer saves rank 0's: add "
+            "ds_lowrank.CheckpointCallback() to the Trainer's callbacks, which brings them together before each save "
+            '(or set save_strategy to "no", or save_only_model)'
         )
 
 

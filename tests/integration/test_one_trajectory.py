@@ -10,11 +10,12 @@ import json
 import pretrain
 import pytest
 import torch
-from launching import EIGHT_STEPS, FSDP_ON_CPU, PRETRAIN, config, flags, launch
+from launching import EIGHT_STEPS, FSDP_ON_CPU, PRETRAIN, ROOT, config, flags, launch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 pytestmark = pytest.mark.launcher
+CONFIGS = ROOT / "configs"
 
 # Launcher, configuration, what the run must find itself to be: a layout that accelerate dropped would agree, too.
 RUNS = {
@@ -33,7 +34,7 @@ def run(workplace):
     def get(name):
         if name not in done:
             launcher, file, _ = RUNS[name]
-            options = {**EIGHT_STEPS, **({"save_every": 4} if name == "zero3" else {})}
+            options = {**EIGHT_STEPS, **({"save_every": 4} if name != "zero2_offload" else {})}
             argv = [*(config(file) if file else []), *flags(workplace, name, **options)]
             script = FSDP_ON_CPU if name == "fsdp2" else PRETRAIN
             done[name] = launch(workplace, launcher, *argv, script=script)
@@ -76,10 +77,53 @@ def test_one_process_ends_where_zero2_ends(workplace, zero2_run, capfd):
     same_end(workplace / "one", zero2_run[0])
 
 
-def test_zero3_goes_on_from_a_checkpoint_bit_by_bit(run, workplace):
-    whole, _ = run("zero3")
-    options = {**EIGHT_STEPS, "resume_from_checkpoint": whole / "checkpoint-4"}
-    printed = launch(workplace, "deepspeed", *config("zero3"), *flags(workplace, "resumed", **options))
-    assert "step      4 " not in printed, "it began anew"
-    here, there = (load_file(f / "model.safetensors") for f in (workplace / "resumed", whole))
+@pytest.mark.parametrize("name", ["zero3", "fsdp2", "ddp"])
+def test_a_resumed_run_ends_bit_by_bit_where_it_would_have(run, workplace, name):
+    whole, _ = run(name)
+    printed = resumed(workplace, name, f"{name}_again", whole / "checkpoint-4")
+    assert "going on with what" not in printed, "the Trainer can load it by itself"
+    same_weights(workplace / f"{name}_again", whole)
+
+
+def test_one_run_moves_from_zero2_to_fsdp2_to_zero3_to_one_process(workplace, zero2_run, capfd):
+    """And FSDP2's sharded checkpoints, on the way, are native to it."""
+    sharded = {**json.loads((CONFIGS / "fsdp2.json").read_text()), "state_dict_type": "SHARDED_STATE_DICT"}
+    (workplace / "sharded.json").write_text(json.dumps(sharded))
+    argv = ["--fsdp_config", str(workplace / "sharded.json")]
+    printed = resumed(workplace, "fsdp2", "moved", zero2_run[0] / "checkpoint-4", argv, save_every=2)
+    assert "step 4: going on with what ZeRO-1/2 on 2 ranks has saved; low-rank states of 28 matrices" in printed
+    assert "layout: FSDP2 on 2 ranks" in printed
+    same_end(workplace / "moved", zero2_run[0])
+
+    here = workplace / "moved" / "checkpoint-6"
+    assert "going on with what" not in resumed(workplace, "fsdp2", "moved_again", here, argv)
+    same_weights(workplace / "moved_again", workplace / "moved")
+
+    printed = resumed(workplace, "zero3", "moved_to_zero3", here, save_every=7)
+    assert "step 6: going on with what FSDP2 on 2 ranks has saved; low-rank states of 28 matrices" in printed
+    same_end(workplace / "moved_to_zero3", zero2_run[0])
+
+    options = {**EIGHT_STEPS, "batch_size": 2 * EIGHT_STEPS["batch_size"]}
+    options["resume_from_checkpoint"] = workplace / "moved_to_zero3" / "checkpoint-7"
+    assert pretrain.main(flags(workplace, "moved_to_one", **options)) == 0
+    assert "step 7: going on with what ZeRO-3 on 2 ranks has saved" in capfd.readouterr().out
+    same_end(workplace / "moved_to_one", zero2_run[0])
+
+
+def resumed(workplace, name, output, checkpoint, argv=None, **options):
+    """What a run prints that goes on with a checkpoint."""
+    launcher, file, _ = RUNS[name]
+    argv = argv or (config(file) if file else [])
+    options = {**EIGHT_STEPS, "resume_from_checkpoint": checkpoint, **options}
+    script = FSDP_ON_CPU if name == "fsdp2" else PRETRAIN
+    printed = launch(workplace, launcher, *argv, *flags(workplace, output, **options), script=script)
+    step = int(checkpoint.name.split("-")[1])
+    assert f"step      {step + 1} " in printed
+    assert f"step      {step} " not in printed, "it began anew"
+    return printed
+
+
+def same_weights(folder, reference):
+    here, there = (load_file(f / "model.safetensors") for f in (folder, reference))
+    assert set(here) == set(there)
     assert all(torch.equal(weight, there[name]) for name, weight in here.items())

@@ -283,8 +283,33 @@ def test_a_loaded_state_that_does_not_fit_is_refused_by_name(change, text):
         p.grad = torch.randn_like(p)
     optimizer.step()
     saved = optimizer.state_dict()
-    saved["state"][STATE_KEY] = {name: dict(state) for name, state in saved["state"][STATE_KEY].items()}
+    # As under DeepSpeed, where a rank's states hang on a key of their own.
+    saved["state"] = {STATE_KEY: {name: dict(state) for name, state in states(optimizer).items()}}
     change(saved["state"][STATE_KEY])
+    fresh = make(params)
+    fresh.load_state_dict(saved)
+    with pytest.raises(ValueError, match=text):
+        fresh.step()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda tall: tall.update(basis=torch.zeros(10, 3)), r"basis of tall \(24, 10\) is \(10, 3\)"),
+        (lambda tall: tall.update(exp_avg=tall["exp_avg"].double()), r"exp_avg of tall .* torch.float64, not"),
+        (lambda tall: tall.pop("overlaps"), r"tall \(24, 10\) has no overlaps"),
+    ],
+)
+def test_a_parameters_entry_that_does_not_fit_is_refused_by_name(change, text):
+    params = parameters()
+    optimizer = make(params)
+    for p in params.values():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    index = [m.name for m in optimizer.members].index("tall")
+    saved["state"][index] = dict(saved["state"][index])
+    change(saved["state"][index])
     fresh = make(params)
     fresh.load_state_dict(saved)
     with pytest.raises(ValueError, match=text):
@@ -301,7 +326,7 @@ def test_a_checkpoint_of_another_optimizer_starts_anew_and_says_so(caplog):
     optimizer.load_state_dict(peer.state_dict())
     with caplog.at_level(logging.WARNING):
         optimizer.step()
-    assert "nothing for 3 of the 3 matrices here (tall, ...): they start anew" in caplog.text
+    assert "state of 3 of 3 projected parameters (tall, ...) is another optimizer's: they start with" in caplog.text
     assert all(state["step"] == 1 for state in states(optimizer).values())
     assert list(optimizer.state) == [STATE_KEY]  # AdamW's moments are gone
 

@@ -1,0 +1,121 @@
+"""The HF Trainer, resuming from what any layout has saved on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.trainer
+
+from ds_lowrank.checkpoint import has_low_rank, load_checkpoint
+from ds_lowrank.integrations.transformers import _Factory
+from ds_lowrank.layouts.zero_files import optimizer_files, saved_by_stage3, tag_folder
+from ds_lowrank.report import unwrap
+
+
+class ResumeAnywhere:
+    """Mixin for a ``Trainer``: ``train(resume_from_checkpoint=...)`` takes checkpoints of every layout.
+
+    ::
+
+        class MyTrainer(ds_lowrank.ResumeAnywhere, Trainer): ...
+
+    What the Trainer can load by itself it loads; else (another number of DeepSpeed ranks, another stage, another
+    framework, another optimizer's checkpoint) :func:`ds_lowrank.load_checkpoint` brings model and optimizer to where
+    the checkpoint left off, and the Trainer the rest: its step, the position in the data, the learning-rate schedule
+    and the random states of those ranks that there were.
+    """
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """See ``Trainer.train``."""
+        trainer: Any = super()
+        with self._engine_left_alone():
+            return trainer.train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The Trainer's, which is asked for the weights first."""
+        if not self._is_foreign(resume_from_checkpoint):
+            trainer: Any = super()
+            trainer._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's, or all there is where the Trainer cannot."""
+        this: Any = self
+        if checkpoint is None or not self._is_foreign(checkpoint):
+            trainer: Any = super()
+            trainer._load_optimizer_and_scheduler(checkpoint)
+            return
+        loaded = load_checkpoint(checkpoint, this.model_wrapped, this.optimizer)
+        step = _count_as(this, checkpoint)
+        scheduler = Path(checkpoint) / "scheduler.pt"
+        if scheduler.is_file():
+            this.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+        if this.is_world_process_zero():
+            ranks = "" if loaded.ranks is None else f" on {loaded.ranks} rank{'s' * (loaded.ranks > 1)}"
+            print(
+                f"step {step}: going on with what {loaded.layout}{ranks} has saved; low-rank states of "
+                f"{loaded.matrices} matrices taken over, {loaded.fresh} fresh",
+                flush=True,
+            )
+
+    def _is_foreign(self, checkpoint: str) -> bool:
+        """Whether the Trainer cannot load a checkpoint here, or would load another optimizer's states."""
+        return self._has_low_rank() and not _is_native(Path(checkpoint), self)
+
+    def _has_low_rank(self) -> bool:
+        this: Any = self
+        if this.optimizer is None:  # it is made later, and asked for weights before
+            chosen = this.optimizer_cls_and_kwargs
+            return chosen is not None and chosen[0] is _Factory
+        try:
+            unwrap(this.optimizer)
+        except ValueError:
+            return False
+        return True
+
+    @contextmanager
+    def _engine_left_alone(self) -> Iterator[None]:
+        """While training, the Trainer's load of a DeepSpeed engine passes over what is none of its own."""
+        original = transformers.trainer.deepspeed_load_checkpoint
+
+        def load(engine: Any, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+            if not self._is_foreign(checkpoint):
+                original(engine, checkpoint, *args, **kwargs)
+
+        transformers.trainer.deepspeed_load_checkpoint = load
+        try:
+            yield
+        finally:
+            transformers.trainer.deepspeed_load_checkpoint = original
+
+
+def _is_native(folder: Path, trainer: Any) -> bool:
+    tag = tag_folder(folder)
+    if trainer.is_deepspeed_enabled:
+        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
+        if tag is None or saved_by_stage3(tag) != (stage == 3):
+            return False
+        if len(optimizer_files(tag)) != trainer.args.world_size:
+            return False
+    elif trainer.is_fsdp_enabled:
+        full = "FULL" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+        if not (folder / ("optimizer.bin" if full else "optimizer_0")).exists():
+            return False
+    elif not (folder / "optimizer.pt").is_file():
+        return False
+    # Another optimizer's states would be loaded for AdamW's: galore-torch's are objects, AdamW's of other shapes.
+    return has_low_rank(folder)
+
+
+def _count_as(trainer: Any, checkpoint: str) -> int:
+    """Set a DeepSpeed engine's counters to those of the Trainer, which has read its own."""
+    step = transformers.TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+    engine = trainer.model_wrapped
+    if trainer.is_deepspeed_enabled:
+        engine.global_steps = step
+        engine.micro_steps = step * engine.gradient_accumulation_steps()
+        engine.global_samples = step * engine.train_batch_size()
+    return step
