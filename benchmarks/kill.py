@@ -68,7 +68,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> list[Row]:
         row = disturb(args, folder, partial(wanted, left, end), seconds, chance)
         left -= row["kills"]
         rows.append({"run": f"run {len(rows) + 1}", **row})
-        print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
+        print(rows[-1], flush=True)
     total: Row = {"run": "all"}
     for key in list(rows[0])[1:]:
         values = [row[key] for row in rows]
