@@ -117,7 +117,6 @@ def disturb(
     attempts = repeated = reached = 0
     while True:
         begin, before = newest_step(output), unfinished(output)
-        repeated += max(0, reached - begin)
         attempt = Attempt(folder, argv, args.ranks)
         attempts += 1
         armed = more(counts["kills"])
@@ -132,6 +131,7 @@ def disturb(
             counts["inside_save"] += any(step > newest for step in made)
             counts["inside_deletion"] += any(step < newest for step in made)
             counts["incomplete"] += len(made)
+            repeated += max(0, min(reached, attempt.last_step()) - begin)
             reached = max(reached, attempt.last_step())
             for _, checkpoint in manifest.checkpoints(output):
                 if manifest.is_complete(checkpoint):
@@ -140,6 +140,7 @@ def disturb(
         codes = attempt.wait(PATIENCE)
         if any(codes):
             raise SystemExit(f"attempt {attempts} ended by itself with {codes}:\n{attempt.printed()[-3000:]}")
+        repeated += max(0, reached - begin)
         break
     equal = same_weights(output, folder / "undisturbed")
     shutil.rmtree(output)
