@@ -68,7 +68,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> list[Row]:
         row = disturb(args, folder, partial(wanted, left, end), seconds, chance)
         left -= row["kills"]
         rows.append({"run": f"run {len(rows) + 1}", **row})
-        print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
+        print(rows[-1], flush=True)
     total: Row = {"run": "all"}
     for key in list(rows[0])[1:]:
         values = [row[key] for row in rows]
@@ -117,7 +117,6 @@ def disturb(
     attempts = repeated = reached = 0
     while True:
         begin, before = newest_step(output), unfinished(output)
-        repeated += max(0, reached - begin)
         attempt = Attempt(folder, argv, args.ranks)
         attempts += 1
         armed = more(counts["kills"])
@@ -132,6 +131,7 @@ def disturb(
             counts["inside_save"] += any(step > newest for step in made)
             counts["inside_deletion"] += any(step < newest for step in made)
             counts["incomplete"] += len(made)
+            repeated += max(0, min(reached, attempt.last_step()) - begin)
             reached = max(reached, attempt.last_step())
             for _, checkpoint in manifest.checkpoints(output):
                 if manifest.is_complete(checkpoint):
@@ -140,6 +140,7 @@ def disturb(
         codes = attempt.wait(PATIENCE)
         if any(codes):
             raise SystemExit(f"attempt {attempts} ended by itself with {codes}:\n{attempt.printed()[-3000:]}")
+        repeated += max(0, reached - begin)
         break
     equal = same_weights(output, folder / "undisturbed")
     shutil.rmtree(output)
