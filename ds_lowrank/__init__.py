@@ -3,6 +3,7 @@
 from ds_lowrank.checkpoint import Loaded, load_checkpoint, open_checkpoint
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.integrations.checkpoints import PREEMPTED_EXIT_CODE, CheckpointCallback
+from ds_lowrank.integrations.ddp import exclude_from_ddp
 from ds_lowrank.integrations.deepspeed import (
     build_optimizer,
     check_deepspeed_config,
@@ -12,7 +13,7 @@ from ds_lowrank.integrations.deepspeed import (
 from ds_lowrank.integrations.resume import ResumeAnywhere
 from ds_lowrank.integrations.transformers import LowRankCallback, metrics, trainer_optimizer
 from ds_lowrank.layouts import LayoutError, long_side_placement
-from ds_lowrank.optimizer import LowRankAdamW, exclude_from_ddp
+from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.param_groups import param_groups, projected_names
 from ds_lowrank.report import describe
 

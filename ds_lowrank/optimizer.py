@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_lowrank.adopt import adopt_states, own_entries
 from ds_lowrank.comm import Comm
@@ -23,13 +23,12 @@ from ds_lowrank.layouts import (
     ParameterLayout,
     check_excluded,
     find_layout,
-    ignore_in_ddp,
     whole_shape,
 )
 from ds_lowrank.parameter_states import ParameterStates
 from ds_lowrank.pieces import DESCRIPTION_KEY, STATE_KEY, describe_pieces
 from ds_lowrank.plan import MatrixPlan, check_equal, make_plan
-from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats
+from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats, gram_dtype_on
 from ds_lowrank.specs import LOWRANK_KEYS, MatrixSpec, make_specs
 from ds_lowrank.step import LowRankStep
 
@@ -147,8 +146,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._warned = False
         self._complete: dict[str, MatrixState] | None = None  # the states that need no further look
         self._to_adopt: dict[str, Any] = {}  # entries of a loaded state, by parameter
-        self._consolidated: tuple[int, dict[str, dict[str, Tensor]]] | None = None
-        self._steps = 0  # calls of step() and loads
+        self._consolidated: dict[str, dict[str, Tensor]] | None = None  # until the next step
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group before the first step. See the class for what a group may hold."""
@@ -303,7 +301,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             options=repr((config, scales)),
         )
         self._refresher = Refresher(
-            comm, config.selection, config.moments, config.seed, _gram_dtype(config.gram_dtype, layout.ranks.device)
+            comm, config.selection, config.moments, config.seed, gram_dtype_on(config.gram_dtype, layout.ranks.device)
         )
         self._stepper = LowRankStep(layout, comm, self._refresher)
         rank = layout.ranks.rank
@@ -372,12 +370,12 @@ class LowRankAdamW(torch.optim.Optimizer):
             return packed
         states = packed["state"].pop(STATE_KEY)
         if self._layout.dealt:
-            if self._consolidated is None or self._consolidated[0] != self._steps:
+            if self._consolidated is None:
                 raise RuntimeError(
                     "under DDP every rank keeps a part of the low-rank states: call optimizer.consolidate_state_dict() "
                     "on all ranks, then state_dict() on rank 0 (consolidate_state_dict(None): on every rank)"
                 )
-            entries = self._consolidated[1]
+            entries = self._consolidated
         else:
             entries = self._parameter_states.collect(states)
         for index, member in enumerate(self._members):
@@ -395,7 +393,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         if self._layout.dealt:
             takers = range(self._layout.ranks.size) if to is None else [to]
             entries = self._parameter_states.collect(self.state[STATE_KEY], takers)  # type: ignore[index]
-            self._consolidated = (self._steps, entries) if self._layout.ranks.rank in takers else None
+            self._consolidated = entries if self._layout.ranks.rank in takers else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state; what of it is low-rank is checked and dealt to the ranks at its first use.
@@ -434,7 +432,6 @@ class LowRankAdamW(torch.optim.Optimizer):
         self.ensure_state()
         assert self._stepper is not None
         assert self._layout is not None
-        self._steps += 1
         self._consolidated = None
         self._check_gradients()
         frozen = {m.name for m in self._members if not m.parameter.requires_grad}
@@ -464,8 +461,16 @@ class LowRankAdamW(torch.optim.Optimizer):
         if self._layout.dealt:
             everywhere = self._comm.gather_objects((found, self._layout.checksums("gradients")))
             found = any(there for there, _ in everywhere)
-            remedy = "nobody averages them. Wrap the model in DistributedDataParallel"
+            remedy = (
+                "nobody averages them. Wrap the model in DistributedDataParallel; with layerwise, call "
+                "ds_lowrank.describe(optimizer) before the first backward pass"
+            )
             check_equal([checksums for _, checksums in everywhere], "gradients", remedy)
+            if not found and self._layerwise is None:
+                raise LayoutError(
+                    "no parameter of the optimizer has a gradient on any rank: nothing would move. If the model was "
+                    "sharded (fully_shard) or replaced after the optimizer was built, build the optimizer after it"
+                )
         self._gradients_checked = found or self._layerwise is not None
         if not self._gradients_checked and not self._warned:
             self._warned = True
@@ -490,29 +495,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         if hasattr(self, "_specs"):
             self._all_groups = self.param_groups
             self._loaded = True
-            self._complete = None
-            self._consolidated = None
+            self._complete = self._consolidated = None
             if self._layerwise is not None:
                 self._layerwise.forget()
             for group, options in zip(self.param_groups, self._group_options):
                 group.update(options)
-
-
-def _gram_dtype(option: str, device: torch.device) -> torch.dtype:
-    if option == "auto":
-        return torch.float64 if device.type == "cpu" else torch.float32
-    return torch.float64 if option == "float64" else torch.float32
-
-
-def exclude_from_ddp(model: nn.Module, optimizer: LowRankAdamW) -> None:
-    """Leave the averaging of projected gradients to a layerwise optimizer; call it before wrapping the model in DDP.
-
-    DistributedDataParallel keeps all gradients in buckets, which is what ``layerwise`` is to avoid: it averages each
-    projected gradient itself, when it arrives, and frees it. All other gradients stay with DDP.
-
-    Args:
-        model: the bare model.
-        optimizer: made for it.
-    """
-    projected = {spec.parameter for spec in optimizer.matrix_specs}
-    ignore_in_ddp(model, [m.parameter for m in optimizer.members if m.name in projected])

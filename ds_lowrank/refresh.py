@@ -309,6 +309,12 @@ class Refresher:
         return verdicts
 
 
+def gram_dtype_on(option: str, device: torch.device) -> torch.dtype:
+    """Dtype of Gram matrices for the option ``gram_dtype``; ``auto``: float64 on a CPU, float32 elsewhere."""
+    wide = option == "float64" or (option == "auto" and device.type == "cpu")
+    return torch.float64 if wide else torch.float32
+
+
 def _int(state: MatrixState, key: str) -> int:
     value = state[key]
     assert isinstance(value, int)

@@ -35,6 +35,7 @@ class SavedMatrix:
         index: which of the matrices stacked in it; ``None``: it is one.
         long, short, rank: of the moments (long × r) and the basis (short × r).
         left: whether A = Wᵀ.
+        dtype: of the moments.
     """
 
     parameter: str
@@ -43,6 +44,12 @@ class SavedMatrix:
     short: int
     rank: int
     left: bool
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of moments and basis."""
+        return (2 * self.long + self.short) * self.rank * self.dtype.itemsize
 
 
 class Source(Protocol):
@@ -59,6 +66,10 @@ class Source(Protocol):
     layout: str
     ranks: int | None
     matrices: dict[str, SavedMatrix]
+
+    def full_rank(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the parameters of which AdamW's moments are there."""
+        ...
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the weights."""
@@ -140,7 +151,12 @@ class WholeSource:
             short, left = entry["basis"].shape[-2], bool(self._state(parameter, "left").flatten()[0])
             for e in range(stack[0]) if stack else [None]:
                 name = parameter if e is None else f"{parameter}[{e}]"
-                self.matrices[name] = SavedMatrix(parameter, e, long, short, r, left)
+                self.matrices[name] = SavedMatrix(parameter, e, long, short, r, left, entry["exp_avg"].dtype)
+
+    def full_rank(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
+        projected = {saved.parameter for saved in self.matrices.values()}
+        found = {n: e["exp_avg"] for n, e in self._states.items() if n not in projected and "exp_avg" in e}
+        return {name: tuple(tensor.shape) for name, tensor in found.items()}
 
     def parameters(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
         return {name: tuple(tensor.shape) for name, tensor in self._weights.items()}
@@ -206,27 +222,28 @@ class ZeroSource:
                 f"{folder} has the files of {len(files)} ranks, and {self.ranks} wrote it: some are missing"
             )
         self._shapes = {name: tuple(p["shape"]) for name, p in self._about[0]["parameters"].items()}
-        self.matrices = {
-            name: SavedMatrix(
-                m["parameter"],
-                None if m["index"] < 0 else m["index"],
-                m["shape"][1 if m["left"] else 0],
-                m["shape"][0 if m["left"] else 1],
-                m["rank"],
-                bool(m["left"]),
-            )
-            for name, m in self._about[0]["matrices"].items()
-            if any(name in self._low_rank(k) for k in range(self.ranks))
-        }
+        self.matrices = {}
+        for name, m in self._about[0]["matrices"].items():
+            kept = [s["exp_avg"] for k in range(self.ranks) if "exp_avg" in (s := self._low_rank(k).get(name, {}))]
+            if kept:
+                index = None if m["index"] < 0 else m["index"]
+                long, short = reversed(m["shape"]) if m["left"] else m["shape"]
+                left = bool(m["left"])
+                self.matrices[name] = SavedMatrix(m["parameter"], index, long, short, m["rank"], left, kept[0].dtype)
 
     def _low_rank(self, rank: int) -> dict[str, Any]:
         return self._packed[rank].get(STATE_KEY, {})
+
+    def full_rank(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
+        projected = {saved.parameter for saved in self.matrices.values()}
+        return {n: shape for n, shape in self._shapes.items() if n not in projected and self.counter(n) is not None}
 
     def parameters(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
         return dict(self._shapes)
 
     def elements(self, parameter: str, key: str, start: int, stop: int) -> Tensor | None:  # noqa: D102
         found: Tensor | None = None
+        missing = stop - start
         for rank, about in enumerate(self._about):
             piece = about["parameters"].get(parameter, {})
             a, b = max(start, piece.get("start", 0)), min(stop, piece.get("stop", 0))
@@ -242,6 +259,9 @@ class ZeroSource:
             if found is None:
                 found = torch.empty(stop - start, dtype=flat.dtype)
             found[a - start : b - start] = flat[first : first + b - a]
+            missing -= b - a
+        if missing:
+            raise ValueError(f"{self.folder} lacks {missing} elements of {key} of {parameter}: a file is damaged")
         return found
 
     def counter(self, parameter: str) -> float | None:  # noqa: D102
@@ -253,6 +273,7 @@ class ZeroSource:
 
     def rows(self, matrix: str, key: str, start: int, stop: int) -> Tensor:  # noqa: D102
         found: Tensor | None = None
+        covered = torch.zeros(stop - start, dtype=torch.bool)  # a basis may be on several ranks
         at = "basis_row" if key == "basis" else "row"
         for rank in range(self.ranks):
             state = self._low_rank(rank).get(matrix, {})
@@ -264,7 +285,9 @@ class ZeroSource:
                 found = torch.empty(stop - start, tensor.shape[1], dtype=tensor.dtype)
             if a < b:
                 found[a - start : b - start] = tensor[a - first : b - first]
-        assert found is not None
+                covered[a - start : b - start] = True
+        if found is None or not covered.all():
+            raise ValueError(f"{self.folder} lacks rows of {key} of {matrix}: the files of a rank are damaged")
         return found
 
     def numbers(self, matrix: str) -> dict[str, Any]:  # noqa: D102

@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ds_lowrank.sources import load_file
 
+SMALL = 1 << 12  # numbers
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -66,8 +68,8 @@ class Consolidated(Mapping[str, Tensor]):
         return len(self._all())
 
 
-def dcp_tensors(folder: Path) -> dict[str, Stored]:
-    """The tensors of a distributed checkpoint by their flattened names.
+def dcp_tensors(folder: Path) -> dict[str, Any]:
+    """The tensors of a distributed checkpoint by their flattened names: :class:`Stored`, or read if they are small.
 
     Raises:
         ValueError: its metadata cannot be read.
@@ -76,11 +78,14 @@ def dcp_tensors(folder: Path) -> dict[str, Stored]:
         metadata = dcp.FileSystemReader(folder).read_metadata()
     except Exception as error:
         raise ValueError(f"{folder / '.metadata'} cannot be read: {error}") from error
-    return {
-        name: Stored(tuple(about.size), folder, name, about.properties.dtype)
-        for name, about in metadata.state_dict_metadata.items()
-        if isinstance(about, TensorStorageMetadata)
+    tensors = {
+        n: about for n, about in metadata.state_dict_metadata.items() if isinstance(about, TensorStorageMetadata)
     }
+    # Small ones at once: every read goes through the metadata of all.
+    small = {n: torch.empty(a.size, dtype=a.properties.dtype) for n, a in tensors.items() if a.size.numel() <= SMALL}
+    _load_alone(small, folder)
+    stored = {n: Stored(tuple(a.size), folder, n, a.properties.dtype) for n, a in tensors.items() if n not in small}
+    return {**stored, **small}
 
 
 def _load_alone(tensors: dict[str, Any], folder: Path) -> None:

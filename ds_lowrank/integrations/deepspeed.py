@@ -77,6 +77,8 @@ def build_optimizer(
             optimizer's default.
         ranks: see :func:`ds_lowrank.param_groups`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"build_optimizer takes the model, not its parameters (got {type(model).__name__})")
     if not isinstance(config, LowRankConfig):
         config = LowRankConfig.from_dict(config or {})
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -153,7 +155,10 @@ def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, 
         raise ValueError("compile.deepcompile = true is not supported: it replaces ZeRO's gradient handling")
     _check_precision(content)
     if (content.get("checkpoint") or {}).get("load_universal"):
-        raise ValueError("checkpoint.load_universal = true is not supported yet: load with the same number of ranks")
+        raise ValueError(
+            "checkpoint.load_universal = true is not supported, and not needed: ds_lowrank.load_checkpoint (in the "
+            "HF Trainer ds_lowrank.ResumeAnywhere) goes on with a checkpoint of any stage on any number of ranks"
+        )
     if LowRankConfig.from_deepspeed(content).layerwise:
         raise ValueError(
             "lowrank.layerwise = true is not supported under DeepSpeed: its engine collects the gradients of a "
@@ -190,7 +195,9 @@ def _check_version(installed: str) -> tuple[int, ...]:
 
 
 def _check_stage(zero: Mapping[str, Any], content: Mapping[str, Any], release: tuple[int, ...]) -> None:
-    stage = zero.get("stage", 0)
+    if "stage" not in zero:
+        raise ValueError('the DeepSpeed configuration sets no zero_optimization.stage: add {"stage": 2}, or 1 or 3')
+    stage = zero["stage"]
     if stage not in (1, 2, 3):
         raise ValueError(f"zero_optimization.stage = {stage!r} is not supported: set it to 1, 2 or 3")
     if zero.get("mics_shard_size", -1) not in (-1, 0):

@@ -53,6 +53,9 @@ class ResumeAnywhere:
         scheduler = Path(checkpoint) / "scheduler.pt"
         if scheduler.is_file():
             this.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+            # A scheduler sets rates when it steps; until then they are in the optimizer's saved state elsewhere.
+            for group, rate in zip(unwrap(this.optimizer).param_groups, this.lr_scheduler.get_last_lr()):
+                group["lr"] = rate
         if this.is_world_process_zero():
             ranks = "" if loaded.ranks is None else f" on {loaded.ranks} rank{'s' * (loaded.ranks > 1)}"
             print(

@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.integrations.checkpoints import CheckpointCallback
+from ds_lowrank.integrations.ddp import exclude_from_ddp
 from ds_lowrank.integrations.deepspeed import build_optimizer, check_deepspeed_config
 from ds_lowrank.integrations.fsdp import check_fsdp_config
-from ds_lowrank.optimizer import LowRankAdamW, construction_checks, exclude_from_ddp
+from ds_lowrank.optimizer import LowRankAdamW, construction_checks
 from ds_lowrank.report import describe, unwrap
 
 _trainer_builds: ContextVar[bool] = ContextVar("_trainer_builds", default=False)

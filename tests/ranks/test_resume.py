@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from rank_pool import RankPool
-from resume import Move, try_move
+from resume import Move, resume, try_move, uninterrupted
 
 SMALL, THIN, EXPERTS = ("small", 2, 4), ("thin", 1, 2), ("experts", 1, 3)
 HERE = [
@@ -71,3 +72,24 @@ def test_sharded_and_whole_bases_are_the_same_state(all_pools):
     assert try_move(all_pools, sharded, SMALL)["state_equal"]
     whole = Move(("fsdp2", 2), ("fsdp2", 2), settings=(("shard_projection", False),))
     assert try_move(all_pools, whole, THIN)["deviation"] == 0.0
+
+
+@pytest.mark.parametrize("layout", ["zero2", "zero3"])
+def test_deepspeeds_own_tool_makes_weights_of_a_checkpoint(pools, tmp_path, layout):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    case = Move((layout, 2), (layout, 2), "bf16").case((layout, 2), SMALL)
+    state = pools(2).run(uninterrupted, case, tmp_path)[0]["state"]
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path))
+    assert {f"{name} weight" for name in weights} == {key for key in state if key.endswith(" weight")}
+    assert all(torch.equal(weight, state[f"{name} weight"]) for name, weight in weights.items())
+
+
+def test_a_missing_rank_is_told_on_all_ranks(pools, tmp_path):
+    before = Move(("zero2", 3), ("zero2", 3)).case(("zero2", 3), SMALL)
+    pools(3).run(uninterrupted, before, tmp_path)
+    next(tmp_path.glob("*/*zero_pp_rank_1_mp_rank_00_optim_states.pt")).unlink()
+    after = Move(("zero3", 2), ("zero3", 2)).case(("zero3", 2), SMALL)
+    pool = RankPool(2, timeout=60)
+    answers = pool.run_to_the_end(resume, after, tmp_path, "any")
+    assert all("has the files of 2 ranks, and 3 wrote it: some are missing" in str(a) for a in answers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ds_lowrank
+from ds_lowrank import cli
 from ds_lowrank.sources import load_file
 
 OPTIONS = {"rank": 3, "update_proj_gap": 2, "lr": 0.05}
@@ -176,3 +178,20 @@ def test_a_fake_step_of_zero_gradients_leaves_no_trace():
     train(other, plain, 1)
     moved = [torch.equal(model[k].weight, other[k].weight) for k in (0, 1)]
     assert moved == [True, True]
+
+
+def test_inspect_says_what_is_in_it(tmp_path, capsys):
+    saved(tmp_path, steps=5)
+    assert cli.main(["inspect", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["layout"], facts["step"], facts["complete"]) == ("DDP or one process", 5, False)
+    assert facts["weights"] == 14 * 10 + 14 + 6 * 14 + 6 + 6 + 6
+    first, second = facts["matrices"]
+    assert (first["name"], first["shape"], first["rank"], first["refreshes"]) == ("0.weight", [14, 10], 3, 3)
+    assert (second["name"], second["shape"], second["bytes"]) == ("1.weight", [6, 14], 4 * 3 * (2 * 14 + 6))
+    assert len(first["overlaps"]) == 2
+    assert {p["name"] for p in facts["full_rank"]} == {"0.bias", "1.bias", "2.weight", "2.bias"}
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    assert "0.weight" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tmp_path / "none")]) == 2
+    assert "there is no checkpoint folder" in capsys.readouterr().err
