@@ -20,7 +20,7 @@ def workplace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def zero2_run(workplace) -> tuple[Path, str]:
-    """Eight steps under ZeRO-2, a checkpoint after four: the output folder and what was printed."""
-    options = {**EIGHT_STEPS, "save_every": 4}
+    """Eight steps under ZeRO-2, a checkpoint after every two: the output folder and what was printed."""
+    options = {**EIGHT_STEPS, "save_every": 2}
     printed = launch(workplace, "deepspeed", *config("zero2"), *flags(workplace, "zero2", **options))
     return workplace / "zero2", printed
