@@ -52,9 +52,10 @@ class ResumeAnywhere:
         step = _count_as(this, checkpoint)
         scheduler = Path(checkpoint) / "scheduler.pt"
         if scheduler.is_file():
-            this.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+            groups = unwrap(this.optimizer).param_groups
+            this.lr_scheduler.load_state_dict(_fit_schedule(torch.load(scheduler, weights_only=True), len(groups)))
             # A scheduler sets rates when it steps; until then they are in the optimizer's saved state elsewhere.
-            for group, rate in zip(unwrap(this.optimizer).param_groups, this.lr_scheduler.get_last_lr()):
+            for group, rate in zip(groups, this.lr_scheduler.get_last_lr()):
                 group["lr"] = rate
         if this.is_world_process_zero():
             ranks = "" if loaded.ranks is None else f" on {loaded.ranks} rank{'s' * (loaded.ranks > 1)}"
@@ -111,6 +112,27 @@ def _is_native(folder: Path, trainer: Any) -> bool:
         return False
     # Another optimizer's states would be loaded for AdamW's: galore-torch's are objects, AdamW's of other shapes.
     return has_low_rank(folder)
+
+
+def _fit_schedule(saved: dict[str, Any], groups: int) -> dict[str, Any]:
+    """A scheduler's state for another number of parameter groups, which under ZeRO depends on the number of ranks.
+
+    Raises:
+        ValueError: the groups had rates of their own: which of them a group here is to have is not known.
+    """
+    before = len(saved.get("base_lrs", []))
+    if before in (0, groups):
+        return saved
+    fitted = dict(saved)
+    for key, value in saved.items():
+        if isinstance(value, list) and len(value) == before:
+            if any(one != value[0] for one in value):
+                raise ValueError(
+                    f"the checkpoint's schedule has {before} parameter groups with different {key} and this run "
+                    f"{groups}: give all groups one learning rate, or resume with as many ranks and the same stage"
+                )
+            fitted[key] = value[:1] * groups
+    return fitted
 
 
 def _count_as(trainer: Any, checkpoint: str) -> int:

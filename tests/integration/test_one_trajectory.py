@@ -90,7 +90,7 @@ def test_one_run_moves_from_zero2_to_fsdp2_to_zero3(workplace, zero2_run):
     sharded = {**json.loads((CONFIGS / "fsdp2.json").read_text()), "state_dict_type": "SHARDED_STATE_DICT"}
     (workplace / "sharded.json").write_text(json.dumps(sharded))
     argv = ["--fsdp_config", str(workplace / "sharded.json")]
-    printed = resumed(workplace, "fsdp2", "moved", zero2_run[0] / "checkpoint-4", argv)
+    printed = resumed(workplace, "fsdp2", "moved", zero2_run[0] / "checkpoint-4", argv, save_every=2)
     assert "step 4: going on with what ZeRO-1/2 on 2 ranks has saved; low-rank states of 28 matrices" in printed
     assert "layout: FSDP2 on 2 ranks" in printed
     same_end(workplace / "moved", zero2_run[0])

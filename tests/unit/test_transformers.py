@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 import ds_lowrank
 from ds_lowrank import LowRankAdamW, LowRankCallback, LowRankConfig, trainer_optimizer
+from ds_lowrank.integrations.resume import _fit_schedule
 from ds_lowrank.integrations.transformers import check_saving
 from ds_lowrank.optimizer import STATE_KEY
 
@@ -235,3 +236,13 @@ def test_arguments_that_cannot_be_found_are_asked_for():
     factory, kwargs = trainer_optimizer({"rank": 4})
     with pytest.raises(ValueError, match="args=training_args"):
         factory()(model(), **kwargs)
+
+
+def test_a_schedule_fits_another_number_of_groups():
+    """Under ZeRO the number of groups of whole layers depends on the number of ranks."""
+    saved = {"base_lrs": [0.1] * 3, "_last_lr": [0.05] * 3, "last_epoch": 4, "lr_lambdas": [None] * 3}
+    fitted = _fit_schedule(saved, 2)
+    assert fitted == {"base_lrs": [0.1] * 2, "_last_lr": [0.05] * 2, "last_epoch": 4, "lr_lambdas": [None] * 2}
+    assert _fit_schedule(saved, 3) is saved
+    with pytest.raises(ValueError, match="3 parameter groups with different base_lrs and this run 2"):
+        _fit_schedule({**saved, "base_lrs": [0.1, 0.2, 0.1]}, 2)
