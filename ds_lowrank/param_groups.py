@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ds_lowrank.config import LowRankConfig
@@ -134,14 +133,15 @@ def param_groups(
     A group carries rank, gap, scale, side and decay; selection, moments, seed and schedule are arguments of the
     optimizer. :func:`ds_lowrank.build_optimizer` passes a configuration on whole.
 
-    Low-rank parameters come first, in natural order, alone in a few groups of whole layers (see
-    :func:`count_groups`); then the full-rank parameters with weight decay, then those without (biases, norms and
+    Low-rank parameters come first, in natural order, alone in one group, or for ZeRO in a few groups of whole layers
+    (see :func:`count_groups`); then the full-rank parameters with weight decay, then those without (biases, norms and
     every other parameter of fewer than two dimensions).
 
     Args:
         model: the model, before any sharding, so that names and shapes are its own.
         config: options; ``None`` for the defaults.
-        ranks: data-parallel ranks the groups will be cut over; ``None`` asks torch.distributed (1 without it).
+        ranks: data-parallel ranks over which DeepSpeed will cut the groups; ``None``: nobody flattens them, and the
+            groups, which are a part of a checkpoint, are the same on any number of ranks.
         weight_decay: λ of the groups with decay, where ``config.weight_decay`` is ``None``.
 
     Returns:
@@ -155,7 +155,7 @@ def param_groups(
     targets = find_targets(model, config)
     any_stacked = any(t.stacked for t in targets) or any(len(whole_shape(t.parameter)) > 2 for t in targets)
     groups: list[dict[str, Any]] = []
-    for chunk in _layer_chunks(targets, _world_size() if ranks is None else ranks):
+    for chunk in [targets] if ranks is None else _layer_chunks(targets, ranks):
         groups.append(
             {
                 "params": [(t.name, t.parameter) for t in chunk],
@@ -281,12 +281,6 @@ def _clamped_rank(name: str, parameter: nn.Parameter, stacked: bool, config: Low
             f"rank {rank} is larger than the shorter side of {name} {shape}: clamped to {min(shape)}", stacklevel=2
         )
     return min(rank, *shape)
-
-
-def _world_size() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1
 
 
 def _shorten(names: Sequence[str], most: int = 8) -> str:

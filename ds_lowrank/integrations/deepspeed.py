@@ -55,6 +55,8 @@ def deepspeed_optimizer(
             f'"auto" is filled in by the HF Trainer only: give {", ".join(automatic)} a value, or leave the key out'
         )
     config = LowRankConfig.from_deepspeed(content)
+    if ranks is None:
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     return build_optimizer(model, config, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, ranks=ranks)
 
 

@@ -117,6 +117,8 @@ def _is_native(folder: Path, trainer: Any) -> bool:
 def _fit_schedule(saved: dict[str, Any], groups: int) -> dict[str, Any]:
     """A scheduler's state for another number of parameter groups, which under ZeRO depends on the number of ranks.
 
+    Elsewhere there is one group of matrices.
+
     Raises:
         ValueError: the groups had rates of their own: which of them a group here is to have is not known.
     """

@@ -87,7 +87,8 @@ class _Factory:
             check_layerwise(args)
             config = config.replace(accumulation_steps=args.gradient_accumulation_steps)
         with _built_by_trainer():
-            optimizer = build_optimizer(model, config, **adamw)
+            ranks = args.world_size if deepspeed_config is not None else None
+            optimizer = build_optimizer(model, config, **adamw, ranks=ranks)
         if config.layerwise and deepspeed_config is None and not wants_fsdp(args) and args.world_size > 1:
             exclude_from_ddp(model, optimizer)
         if wants_fsdp(args):

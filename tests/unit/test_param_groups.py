@@ -118,3 +118,11 @@ def test_groups_hold_whole_layers_in_natural_order():
     assert len(groups) == 4
     assert [n for group in groups for n in group] == projected_names(model, LowRankConfig(rank=4))
     assert all(len(group) == 4 for group in groups)
+
+
+def test_groups_are_the_same_on_any_number_of_ranks_unless_they_are_flattened(monkeypatch):
+    """They are a part of FSDP2's checkpoints, which any number of ranks may load."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    names = [group["name"] for group in param_groups(Model(), LowRankConfig(rank=4))]
+    assert names == ["lowrank.0", "full.decay", "full.no_decay"]
