@@ -51,6 +51,7 @@ class Move:
         dtype: see :class:`cases.Case`.
         how: ``native``, ``full`` or ``any``.
         settings: of the case: offload, whole bases, ...
+        after_settings: of the continuation; ``None``: the same.
     """
 
     before: tuple[str, int]
@@ -58,6 +59,7 @@ class Move:
     dtype: str = "fp32"
     how: str = "native"
     settings: tuple[tuple[str, Any], ...] = ()
+    after_settings: tuple[tuple[str, Any], ...] | None = None
 
     def case(self, place: tuple[str, int], shapes: tuple[str, int, int]) -> Case:
         """The case on one of the two sides."""
@@ -144,7 +146,9 @@ def row(pools: dict[int, RankPool], move: Move, with_real: bool = True) -> Row:
 
 def try_move(pools: dict[int, RankPool], move: Move, shapes: tuple[str, int, int]) -> dict[str, Any]:
     """Train, stop, move and go on."""
-    before, after = move.case(move.before, shapes), move.case(move.after, shapes)
+    before = move.case(move.before, shapes)
+    settings = move.settings if move.after_settings is None else move.after_settings
+    after = replace(move, settings=settings).case(move.after, shapes)
     source, target = pools[move.before[1]], pools[move.after[1]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -215,6 +219,12 @@ def whole_state(optimizer: LowRankAdamW) -> dict[str, Any]:
             for name, (piece, values) in rank.items():
                 target = found.setdefault(f"{name} {key}", torch.full((_numel(optimizer, name),), float("nan")))
                 target[piece.start : piece.stop] = values
+    counters = {}
+    for member in optimizer.members:
+        if member.name not in projected and member.name in layout.pieces:
+            counters[member.name] = float(optimizer.state[layout.place(member.name)[0]]["step"])
+    for rank in optimizer.comm.gather_objects(counters):
+        found.update({f"{name} step": torch.tensor(value) for name, value in rank.items()})
     states: dict[str, Any] = optimizer.state[STATE_KEY]  # type: ignore[index]
     shapes = {p.name: (p.long, p.short, p.rank) for p in optimizer.plans}
     for rank in optimizer.comm.gather_objects(states):

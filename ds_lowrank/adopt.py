@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ds_lowrank.comm import Comm
+from ds_lowrank.layouts import Member
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState
 from ds_lowrank.step import LowRankStep
@@ -53,6 +54,40 @@ def adopt_states(
                 "same model, rank, rank_pattern, optim_target_modules and number of ranks, each rank its own state; "
                 "ds_lowrank.load_checkpoint goes on with what another number of ranks or another layout has saved"
             )
+
+
+def check_names(saved: Sequence[Sequence[str] | None], members: Sequence[Member]) -> None:
+    """Refuse a state whose parameters are in another order: torch's loaders go by their places.
+
+    Args:
+        saved: the names in each group of the state, ``None`` where it has none.
+        members: of this optimizer, group by group.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    if any(names is None for names in saved):
+        return
+    for there, member in zip([name for names in saved for name in names or ()], members):
+        if there != member.name:
+            raise ValueError(
+                f"the loaded optimizer state has {there} where this optimizer has {member.name}: make the parameter "
+                "groups in the same order, or use ds_lowrank.load_checkpoint, which goes by name"
+            )
+
+
+def check_entries(entries: Mapping[str, Any]) -> None:
+    """Refuse what ``StateDictOptions(flatten_optimizer_state_dict=True)`` leaves of low-rank states.
+
+    Raises:
+        ValueError: an entry is there and empty.
+    """
+    empty = [name for name, entry in entries.items() if not entry]
+    if empty:
+        raise ValueError(
+            f"the loaded state of {empty[0]} is empty: flatten_optimizer_state_dict=True cannot hold low-rank states. "
+            "Leave it out, when saving and when loading"
+        )
 
 
 def own_entries(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import pickle
+import re
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_lowrank.layouts import LayoutError, Piece, bare_model, local_tensors, write_parameter
+from ds_lowrank.layouts import LayoutError, Piece, local_tensors, write_parameter
 from ds_lowrank.layouts.zero_files import optimizer_files, packed_state, tag_folder
 from ds_lowrank.optimizer import LowRankAdamW
-from ds_lowrank.param_groups import clean_name
+from ds_lowrank.param_groups import clean_name, named_weights
 from ds_lowrank.parameter_states import ROWS
 from ds_lowrank.pieces import DESCRIPTION_KEY
 from ds_lowrank.plan import MatrixPlan
@@ -62,7 +64,7 @@ def open_checkpoint(folder: str | Path) -> Source:
     if tag is not None:
         files = [load_file(path) for path in optimizer_files(tag)]
         if files and all(DESCRIPTION_KEY in packed_state(content)[1] for content in files):
-            return ZeroSource(tag, files)
+            return ZeroSource(tag, files, model_tensors(folder, tag))
         return WholeSource(folder, "DeepSpeed with another optimizer", model_tensors(folder, tag), {})
     ranks = _ranks_that_wrote(folder)
     if (folder / "optimizer_0" / ".metadata").is_file():
@@ -96,7 +98,7 @@ def load_checkpoint(folder: str | Path | Source, model: nn.Module, optimizer: An
     source: Any = None
     try:
         source = open_checkpoint(folder) if isinstance(folder, (str, Path)) else folder
-        named = {clean_name(name): p for name, p in bare_model(model).named_parameters(remove_duplicate=False)}
+        named = named_weights(model)
         fault = _weights_fault(source, inner, named, strict) or _matrices_fault(source, inner.plans)
     except (ValueError, OSError) as error:
         fault = str(error)
@@ -135,6 +137,8 @@ def _whole_states(path: Path) -> dict[str, dict[str, Any]]:
     try:
         content = load_file(path)
     except ValueError as error:
+        if not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise  # damaged
         # galore-torch keeps objects in its state.
         logger.warning("%s: its weights are used, its optimizer is not", error)
         return {}
@@ -177,16 +181,20 @@ def trainer_step(folder: str | Path) -> int | None:
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
-def _weights_fault(
-    source: Source, optimizer: LowRankAdamW, named: Mapping[str, nn.Parameter], strict: bool
-) -> str | None:
+def _weights_fault(source: Source, optimizer: LowRankAdamW, others: Mapping[str, Tensor], strict: bool) -> str | None:
     saved = source.parameters()
     for member in optimizer.members:
-        shape = saved.get(_alias(member.name, saved, named))
+        shape = saved.get(_alias(member.name, saved, others))
         if shape is None and strict:
-            return f"it has no weights of {member.name} {member.shape}"
+            hint = ": give parameters as (name, parameter) pairs" if re.match(r"group\d+\.\d+$", member.name) else ""
+            return f"it has no weights of {member.name} {member.shape}{hint}"
         if shape is not None and shape != member.shape:
             return f"{member.name} is {shape} in it and {member.shape} in this model"
+    known = {m.name for m in optimizer.members}
+    rest = [name for name in others if name not in known and _alias(name, known, others) not in known]
+    absent = [n for n in rest if n not in saved and n not in source.others] if strict and rest else []
+    if absent:
+        return f"it has no {absent[0]}, which is frozen, or a buffer, in this model"
     return None
 
 
@@ -209,21 +217,26 @@ def _matrices_fault(source: Source, plans: list[MatrixPlan]) -> str | None:
     return None
 
 
-def _alias(name: str, saved: Mapping[str, Any], named: Mapping[str, nn.Parameter]) -> str:
+def _alias(name: str, saved: Container[str], named: Mapping[str, Tensor]) -> str:
     """The name under which a checkpoint has a parameter: of tied ones it has one only."""
     if name in saved or name not in named:
         return name
     return next((other for other, p in named.items() if p is named[name] and other in saved), name)
 
 
-def _load_weights(source: Source, optimizer: LowRankAdamW, named: Mapping[str, nn.Parameter]) -> None:
+def _load_weights(source: Source, optimizer: LowRankAdamW, named: Mapping[str, Tensor]) -> None:
+    """Weights, frozen ones and buffers too: what the model computes with, and what the optimizer moves."""
     layout = optimizer.layout
     saved = source.parameters()
-    pending = {m.name: m.parameter for m in optimizer.members}
-    pending.update({n: p for n, p in named.items() if not any(p is q for q in pending.values())})
+    pending: dict[str, Tensor] = {m.name: m.parameter for m in optimizer.members}
+    trained = {id(p) for p in pending.values()}
+    pending.update({n: p for n, p in named.items() if id(p) not in trained})
     for name, parameter in pending.items():
         known = _alias(name, saved, named)
         if known not in saved:
+            if known in source.others:  # what DeepSpeed's optimizer does not know
+                value = source.others[known].reshape(-1)
+                write_parameter(parameter, lambda a, b, value=value: value[a:b], layout.ranks.rank)  # type: ignore[misc]
             continue
         write_parameter(parameter, partial(_some, source, known, "weight"), layout.ranks.rank)
         if name in layout.pieces:
@@ -239,21 +252,23 @@ def _load_full_rank(source: Source, optimizer: LowRankAdamW) -> None:
         del optimizer.state[key]
     shapes = {m.name: m.shape for m in optimizer.members}
     for name in shapes:
-        if name in projected or name not in layout.pieces:
+        here = name in layout.pieces
+        if name in projected or not (here or layout.by_parameter):
             continue
         steps = source.counter(name)
         if steps is None:
             continue
         tensor, offset = layout.place(name)
-        piece = layout.pieces[name]
         state = optimizer.state[tensor]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
         # A flat buffer has one counter for all that lies in it.
         state["step"].fill_(max(float(state["step"]), steps))
-        for moment in ("exp_avg", "exp_avg_sq"):
-            found = _piece(source, name, moment, piece, shapes[name])
+        for moment in (
+            ("exp_avg", "exp_avg_sq") if here else ()
+        ):  # DTensors have a state on ranks that hold nothing, too
+            found = _piece(source, name, moment, layout.pieces[name], shapes[name])
             flat = local_tensors([state[moment]])[0].view(-1)
             flat[offset : offset + found.numel()].copy_(found)
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ds_lowrank.layouts import local_tensors
+
+
+def ensure_full_rank(params: Iterable[Tensor], states: MutableMapping[Any, Any]) -> None:
+    """Make the state of those parameters that have none: torch's fused kernel takes counters on the parameter's device
+    and moments in its dtype.
+    """
+    for p in params:
+        if not states[p]:
+            states[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            states[p]["exp_avg"] = torch.zeros_like(p)
+            states[p]["exp_avg_sq"] = torch.zeros_like(p)
 
 
 def step_full_rank(group: Mapping[str, Any], states: MutableMapping[Any, Any]) -> None:
@@ -22,14 +34,9 @@ def step_full_rank(group: Mapping[str, Any], states: MutableMapping[Any, Any]) -
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
         return
+    ensure_full_rank(params, states)
     for p in params:
-        if states[p]:
-            states[p]["step"] = states[p]["step"].to(p.device)  # loaders leave it on the CPU
-        else:
-            # torch's fused kernel takes counters on the parameter's device and moments in its dtype
-            states[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            states[p]["exp_avg"] = torch.zeros_like(p)
-            states[p]["exp_avg_sq"] = torch.zeros_like(p)
+        states[p]["step"] = states[p]["step"].to(p.device)  # loaders leave it on the CPU
 
     # Element by element: what this rank holds of a DTensor is all that is needed.
     adamw(

@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ds_lowrank.adopt import adopt_states, own_entries
+from ds_lowrank.adopt import adopt_states, check_entries, check_names, own_entries
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
-from ds_lowrank.full_rank import step_full_rank
+from ds_lowrank.full_rank import ensure_full_rank, step_full_rank
+from ds_lowrank.gradients import NO_GRADIENT, find_gradients
 from ds_lowrank.layerwise import Layerwise
 from ds_lowrank.layouts import (
     Layout,
@@ -27,7 +28,7 @@ from ds_lowrank.layouts import (
 )
 from ds_lowrank.parameter_states import ParameterStates
 from ds_lowrank.pieces import DESCRIPTION_KEY, STATE_KEY, describe_pieces
-from ds_lowrank.plan import MatrixPlan, check_equal, make_plan
+from ds_lowrank.plan import MatrixPlan, make_plan
 from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats, gram_dtype_on
 from ds_lowrank.specs import LOWRANK_KEYS, MatrixSpec, make_specs
 from ds_lowrank.step import LowRankStep
@@ -217,6 +218,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._complete = self._consolidated = None
         self._to_adopt = {}
         self._loaded = True
+        if self._layerwise is not None:
+            self._layerwise.forget()
         self.ensure_state()
 
     def release_parameters(self) -> None:
@@ -253,16 +256,20 @@ class LowRankAdamW(torch.optim.Optimizer):
             self._adopt_loaded(states)
         self._complete = states
         assert self._stepper is not None
+        assert self._layout is not None
         for plan in self._stateful:
             if plan.name not in states:
                 state = self._stepper.new_state(plan)
                 if state is not None:
                     states[plan.name] = state
+        if self._layout.by_parameter:  # torch's checkpoints want them all, on all ranks
+            projected = {plan.parameter for plan in self._plans}
+            ensure_full_rank([m.parameter for m in self._members if m.name not in projected], self.state)
 
     def _adopt_loaded(self, states: dict[str, MatrixState]) -> None:
         assert self._stepper is not None
         assert self._layout is not None
-        if self._to_adopt:
+        if self._layout.by_parameter:
             states.update(self._parameter_states.adopt(own_entries(self._to_adopt)))
             self._to_adopt = {}
         adopt_states(states, self._stateful, self._stepper, self._comm)
@@ -406,8 +413,10 @@ class LowRankAdamW(torch.optim.Optimizer):
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
         if STATE_KEY not in state and len(ids) == len(self._members):
             projected = {spec.parameter for spec in self._specs}
+            check_names([group.get("param_names") for group in state_dict["param_groups"]], self._members)
             # torch's loader would cast them to the dtype of the parameter.
             loaded = {m.name: state[key] for key, m in zip(ids, self._members) if m.name in projected and key in state}
+            check_entries(loaded)
             taken = {key for key, m in zip(ids, self._members) if m.name in loaded}
             state_dict = {**state_dict, "state": {k: v for k, v in state.items() if k not in taken}}
         super().load_state_dict(state_dict)
@@ -453,31 +462,15 @@ class LowRankAdamW(torch.optim.Optimizer):
         return loss
 
     def _check_gradients(self) -> None:
-        """At the first step that has gradients: ranks that hold whole parameters must have been given the same."""
         assert self._layout is not None
         if self._gradients_checked or not self._layout.steps_alone:
             return
-        found = any(m.parameter.grad is not None for m in self._members)  # a rank may hold no element, and a gradient
-        if self._layout.dealt:
-            everywhere = self._comm.gather_objects((found, self._layout.checksums("gradients")))
-            found = any(there for there, _ in everywhere)
-            remedy = (
-                "nobody averages them. Wrap the model in DistributedDataParallel; with layerwise, call "
-                "ds_lowrank.describe(optimizer) before the first backward pass"
-            )
-            check_equal([checksums for _, checksums in everywhere], "gradients", remedy)
-            if not found and self._layerwise is None:
-                raise LayoutError(
-                    "no parameter of the optimizer has a gradient on any rank: nothing would move. If the model was "
-                    "sharded (fully_shard) or replaced after the optimizer was built, build the optimizer after it"
-                )
-        self._gradients_checked = found or self._layerwise is not None
+        layerwise = self._layerwise is not None
+        found = find_gradients(self._layout, self._comm, self._members, layerwise)
+        self._gradients_checked = found or layerwise
         if not self._gradients_checked and not self._warned:
             self._warned = True
-            logger.warning(
-                "step() was called and no parameter of the optimizer has a gradient: nothing moves. If the model was "
-                "sharded (fully_shard) or replaced after the optimizer was built, build the optimizer after it"
-            )
+            logger.warning("step() was called and %s", NO_GRADIENT)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; with ``layerwise`` also what was accumulated in their place."""

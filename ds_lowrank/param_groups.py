@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.geometry import matrix_shape
@@ -246,6 +246,17 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
 def clean_name(name: str) -> str:
     """A name without what torch.compile, activation checkpointing and FSDP put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What a state dict of the bare model has: parameters, tied ones under every name, and persistent buffers."""
+    bare = bare_model(model)
+    found: dict[str, Tensor] = {clean_name(n): p for n, p in bare.named_parameters(remove_duplicate=False)}
+    for prefix, module in bare.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[clean_name(f"{prefix}.{name}" if prefix else name)] = buffer
+    return found
 
 
 def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

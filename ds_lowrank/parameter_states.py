@@ -227,6 +227,8 @@ class ParameterStates:
         missing = [key for key in (*ROWS, *NUMBERS) if not isinstance(entry.get(key), Tensor)]
         if missing:
             return f"{parameter} {first.shape} has no {missing[0]}"
+        if bool((entry["left"] != int(first.side == "left")).any()):
+            return f"{parameter} {first.shape} was projected on its other side: resume with the same proj_type"
         for key in ROWS:
             expected = (len(plans),) * stacked + (first.short if key == "basis" else first.long, first.rank)
             if tuple(entry[key].shape) != expected or entry[key].dtype != first.dtype:

@@ -1,6 +1,7 @@
 """Checkpoints as what is in them by name: weights, AdamW's moments and low-rank rows, whoever wrote them.
 
-Read piece by piece from memory-mapped files: no rank ever holds more than one parameter beside its own part.
+Read from memory-mapped files, one parameter at a time; only the weights of a DeepSpeed checkpoint of another optimizer
+are put together as a whole, by DeepSpeed's own tool.
 
     DeepSpeed               <tag>/*_optim_states.pt of all ranks (what lies where: pieces.py)
     FSDP2, sharded          pytorch_model_fsdp_0/ and optimizer_0/, in torch's distributed checkpoint format
@@ -60,12 +61,14 @@ class Source(Protocol):
         layout: kind of sharding that wrote it, for humans.
         ranks: how many ranks wrote it; ``None`` where its files do not say.
         matrices: name -> low-rank state; empty where another optimizer wrote it.
+        others: what a model has beside :meth:`parameters`: frozen ones and buffers, in float32.
     """
 
     folder: Path
     layout: str
     ranks: int | None
     matrices: dict[str, SavedMatrix]
+    others: Mapping[str, Tensor]
 
     def full_rank(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the parameters of which AdamW's moments are there."""
@@ -143,6 +146,7 @@ class WholeSource:
         self.folder, self.layout, self.ranks = folder, layout, ranks
         self._weights, self._states = weights, states
         self._last: tuple[Any, Tensor] = (None, torch.empty(0))
+        self.others: Mapping[str, Tensor] = {}
         self.matrices: dict[str, SavedMatrix] = {}
         for parameter, entry in states.items():
             if not all(key in entry for key in (*ROWS, *NUMBERS)):
@@ -205,13 +209,14 @@ class ZeroSource:
     Args:
         folder: with the ``*_optim_states.pt`` of all ranks.
         files: their contents, in rank order.
+        others: see :class:`Source`.
 
     Raises:
         ValueError: files of some ranks are missing.
     """
 
-    def __init__(self, folder: Path, files: list[dict[str, Any]]):
-        self.folder = folder
+    def __init__(self, folder: Path, files: list[dict[str, Any]], others: Mapping[str, Tensor]):
+        self.folder, self.others = folder, others
         parts = [packed_state(content) for content in files]
         self._masters = [masters for masters, _ in parts]
         self._packed = [packed["state"] for _, packed in parts]
@@ -219,7 +224,8 @@ class ZeroSource:
         self.layout, self.ranks = self._about[0]["layout"], self._about[0]["ranks"]
         if [a["rank"] for a in self._about] != list(range(self.ranks)):
             raise ValueError(
-                f"{folder} has the files of {len(files)} ranks, and {self.ranks} wrote it: some are missing"
+                f"{folder} has the files of {len(files)} ranks, and {self.ranks} wrote it: some are missing, "
+                "or left over from another run"
             )
         self._shapes = {name: tuple(p["shape"]) for name, p in self._about[0]["parameters"].items()}
         self.matrices = {}

@@ -32,8 +32,11 @@ class ResumeAnywhere:
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """See ``Trainer.train``."""
         trainer: Any = super()
+        self._resumed = False
         with self._engine_left_alone():
             return trainer.train(resume_from_checkpoint, *args, **kwargs)
+
+    _resumed = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The Trainer's, which is asked for the weights first."""
@@ -44,6 +47,7 @@ class ResumeAnywhere:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The Trainer's, or all there is where the Trainer cannot."""
         this: Any = self
+        self._resumed = True
         if checkpoint is None or not self._is_foreign(checkpoint):
             trainer: Any = super()
             trainer._load_optimizer_and_scheduler(checkpoint)
@@ -51,12 +55,17 @@ class ResumeAnywhere:
         loaded = load_checkpoint(checkpoint, this.model_wrapped, this.optimizer)
         step = _count_as(this, checkpoint)
         scheduler = Path(checkpoint) / "scheduler.pt"
-        if scheduler.is_file():
-            groups = unwrap(this.optimizer).param_groups
-            this.lr_scheduler.load_state_dict(_fit_schedule(torch.load(scheduler, weights_only=True), len(groups)))
-            # A scheduler sets rates when it steps; until then they are in the optimizer's saved state elsewhere.
-            for group, rate in zip(groups, this.lr_scheduler.get_last_lr()):
-                group["lr"] = rate
+        if not scheduler.is_file():
+            raise ValueError(
+                f'{checkpoint} has no scheduler.pt to go on with (with a DeepSpeed "scheduler" block the schedule is '
+                "in DeepSpeed's own files): resume with as many ranks and the same stage, or leave the block out and "
+                "let the Trainer make the schedule"
+            )
+        groups = unwrap(this.optimizer).param_groups
+        this.lr_scheduler.load_state_dict(_fit_schedule(torch.load(scheduler, weights_only=True), len(groups)))
+        # A scheduler sets rates when it steps; until then they are in the optimizer's saved state elsewhere.
+        for group, rate in zip(groups, this.lr_scheduler.get_last_lr()):
+            group["lr"] = rate
         if this.is_world_process_zero():
             ranks = "" if loaded.ranks is None else f" on {loaded.ranks} rank{'s' * (loaded.ranks > 1)}"
             print(
@@ -83,11 +92,14 @@ class ResumeAnywhere:
     @contextmanager
     def _engine_left_alone(self) -> Iterator[None]:
         """While training, the Trainer's load of a DeepSpeed engine passes over what is none of its own."""
+        this: Any = self
         original = transformers.trainer.deepspeed_load_checkpoint
 
         def load(engine: Any, checkpoint: str, *args: Any, **kwargs: Any) -> None:
             if not self._is_foreign(checkpoint):
                 original(engine, checkpoint, *args, **kwargs)
+            elif self._resumed:  # the best model, at the end: nobody comes after this
+                load_checkpoint(checkpoint, engine, this.optimizer)
 
         transformers.trainer.deepspeed_load_checkpoint = load
         try:
@@ -127,7 +139,7 @@ def _fit_schedule(saved: dict[str, Any], groups: int) -> dict[str, Any]:
         return saved
     fitted = dict(saved)
     for key, value in saved.items():
-        if isinstance(value, list) and len(value) == before:
+        if key in ("base_lrs", "_last_lr", "lr_lambdas") and isinstance(value, list):
             if any(one != value[0] for one in value):
                 raise ValueError(
                     f"the checkpoint's schedule has {before} parameter groups with different {key} and this run "

@@ -56,9 +56,10 @@ def write_parameter(parameter: Tensor, read: Callable[[int, int], Tensor], rank:
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile, in whatever order they were applied."""
+    """The model inside DistributedDataParallel, torch.compile and DeepSpeed, in whatever order they were applied."""
     while True:
-        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        wrapped = isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine"
+        inner = model.module if wrapped else getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
             return model
         model = inner

@@ -68,8 +68,10 @@ def test_bf16_masters_and_moments_survive_a_change_of_layout(all_pools):
 
 
 def test_sharded_and_whole_bases_are_the_same_state(all_pools):
-    sharded = Move(("zero3", 2), ("zero3", 3), "fp32", "any")
-    assert try_move(all_pools, sharded, SMALL)["state_equal"]
+    whole_bases = (("shard_projection", False),)
+    for before, after in (((), whole_bases), (whole_bases, ())):
+        move = Move(("zero3", 2), ("fsdp2", 3), "fp32", "any", before, after)
+        assert try_move(all_pools, move, SMALL)["state_equal"]
     whole = Move(("fsdp2", 2), ("fsdp2", 2), settings=(("shard_projection", False),))
     assert try_move(all_pools, whole, THIN)["deviation"] == 0.0
 

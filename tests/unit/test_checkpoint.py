@@ -165,8 +165,79 @@ def test_a_truncated_file_is_named(tmp_path):
         ds_lowrank.load_checkpoint(tmp_path, model, ds_lowrank.build_optimizer(model, OPTIONS))
 
 
-def test_a_fake_step_of_zero_gradients_leaves_no_trace():
-    """torch's distributed checkpoint makes one to create the state, with a learning rate of zero."""
+def test_frozen_weights_and_buffers_come_too_and_are_missed(tmp_path):
+    def build(seed: int) -> nn.Module:
+        model = nn.Sequential(nn.Linear(10, 14), nn.BatchNorm1d(14), nn.Linear(14, 6))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(seed)
+        model[2].bias.requires_grad_(False)
+        return model
+
+    model = build(0)
+    train(model, ds_lowrank.build_optimizer(model, OPTIONS), 2)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    other = build(1)
+    ds_lowrank.load_checkpoint(tmp_path, other, ds_lowrank.build_optimizer(other, OPTIONS))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    weights = {n: t for n, t in model.state_dict().items() if n != "1.running_mean"}
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"it has no 1\.running_mean, which is frozen, or a buffer"):
+        ds_lowrank.load_checkpoint(tmp_path, other, ds_lowrank.build_optimizer(other, OPTIONS))
+
+
+def test_a_truncated_optimizer_is_not_taken_for_another_one(tmp_path):
+    saved(tmp_path)
+    path = tmp_path / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:-200])
+    model = model_of()
+    with pytest.raises(ValueError, match=r"optimizer\.pt cannot be read"):
+        ds_lowrank.load_checkpoint(tmp_path, model, ds_lowrank.build_optimizer(model, OPTIONS))
+
+
+def test_torchs_own_way_refuses_another_side_order_and_flattened_states(tmp_path):
+    def square(**options):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        return model, ds_lowrank.build_optimizer(model, {"rank": 3, "lr": 0.1, **options})
+
+    model, optimizer = square()
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    content = optimizer.state_dict()
+    _, other = square(proj_type="reverse_std")
+    other.load_state_dict(content)
+    with pytest.raises(ValueError, match=r"0\.weight \(8, 8\) was projected on its other side"):
+        other.ensure_state()
+
+    _, same_options = square()
+    turned = {**content, "param_groups": [dict(g) for g in content["param_groups"]]}
+    turned["param_groups"][0]["param_names"] = ["1.weight", "0.weight"]
+    with pytest.raises(ValueError, match=r"has 1\.weight where this optimizer has 0\.weight"):
+        same_options.load_state_dict(turned)
+    with pytest.raises(ValueError, match="flatten_optimizer_state_dict=True cannot hold"):
+        same_options.load_state_dict({**content, "state": {**content["state"], 0: {}}})
+
+
+def test_a_state_that_was_saved_before_the_first_step_loads(tmp_path):
+    """``ensure_state`` is called early with layerwise; nothing has moved yet, and every parameter has a state."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = model_of()
+    optimizer = ds_lowrank.build_optimizer(model, OPTIONS)
+    optimizer.ensure_state()
+    state = get_optimizer_state_dict(model, optimizer)
+    assert set(state["state"]) == {name for name, _ in model.named_parameters()}
+    other = ds_lowrank.build_optimizer(model_of(1), OPTIONS)
+    set_optimizer_state_dict(model, optimizer, state)
+    other.load_state_dict(optimizer.state_dict())
+    other.ensure_state()
+
+
+def test_a_fake_step_of_zero_gradients_moves_nothing():
+    """torch's distributed checkpoint makes one to create the state, with a learning rate of zero.
+
+    Matrices are not born by it; AdamW's counters of the others, as with torch's own AdamW, go to one.
+    """
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     model, other = model_of(), model_of()
