@@ -38,7 +38,7 @@ class Tracker(TorchDispatchMode):
             self._note(storage)
             return result
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment,method-assign]
         super().__enter__()
         return self
 

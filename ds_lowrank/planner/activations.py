@@ -17,16 +17,20 @@ class Activations:
     """Bytes alive on each rank at the moments that can be a peak; parameters and gradients are not in them.
 
     Attributes:
+        forward: in the forward pass of the last layer.
         loss: when the loss is computed, or at the start of its backward pass.
         head: when the head's backward pass begins: the gradient of the logits in place of what the loss had.
         layer: in the backward pass of the last layer, the first to be reached.
         embedding: at the end of the backward pass.
+        each: what goes with each layer that the backward pass has done.
     """
 
+    forward: int
     loss: int
     head: int
     layer: int
     embedding: int
+    each: int
 
 
 def norm_bytes(tokens: int, hidden: int, width: int) -> int:
@@ -51,7 +55,8 @@ def activations(d: Decoder, tokens: int, width: int, checkpointing: bool) -> Act
     """
     stream = width * d.hidden * tokens
     one = layer_bytes(d, tokens, width)
-    kept = d.layers * (stream if checkpointing else one)
+    each = stream if checkpointing else one
+    kept = d.layers * each
     # cos and sin of the rotary embedding, shared by the layers, and the token ids, labels and positions.
     shared = tokens * (2 * width * d.hidden // d.heads + 3 * 8)
     top = norm_bytes(tokens, d.hidden, width)
@@ -60,10 +65,12 @@ def activations(d: Decoder, tokens: int, width: int, checkpointing: bool) -> Act
     loss = max(width * logits + 4 * logits * (width != 4) + 4 * logits, 12 * logits)
     working = _working_bytes(d, tokens, width)
     return Activations(
+        forward=kept + shared + working,
         loss=kept + shared + top + loss,
         head=kept + shared + top + 2 * width * logits * (width != 4) + width * logits * (width == 4) + stream,
         layer=kept + shared + (one if checkpointing else 0) + working,
-        embedding=shared + (stream if checkpointing else 0) + stream,
+        embedding=shared + 2 * stream,
+        each=each,
     )
 
 

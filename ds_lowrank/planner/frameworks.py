@@ -28,9 +28,11 @@ class Frame:
         master: the copy that the optimizer steps.
         gradients: after the backward pass.
         gradients_stay: they are there between steps too.
-        buckets: that gradients are reduced in, while the backward pass runs, with the copy that is on its way.
+        buckets: that gradients are reduced in, while the backward pass runs.
         buckets_stay: bytes of them that are there between steps too.
-        forward, backward, embedding: whole parameters and gradients of them, in these passes and at their end.
+        forward, loss, head, backward, embedding: whole parameters, gradients of them and copies on their way: in the
+            forward pass, where the loss is computed, and in the backward pass of the head, the layers, and at its end.
+        by_layer: index of a layer -> what is there beside ``backward`` in its backward pass.
         norm: while the norm of all gradients is computed.
         copies: number of a call of ``step()`` -> the gradient that is made for it, at its start and while it runs.
         host: on the CPU.
@@ -43,8 +45,11 @@ class Frame:
     buckets: int = 0
     buckets_stay: int = 0
     forward: int = 0
+    loss: int = 0
+    head: int = 0
     backward: int = 0
     embedding: int = 0
+    by_layer: dict[int, int] = field(default_factory=dict)
     norm: int = 0
     copies: dict[int, tuple[int, int]] = field(default_factory=dict)
     host: int = 0
@@ -76,8 +81,7 @@ def _zero12(model: Model, places: Places, setup: Setup, rank: int) -> Frame:
     gradients = 4 * sum(partitions) if apart else b * sum(whole)
     largest = _largest(model.shapes.values())
     buckets = (2 if setup.overlap else 1) * setup.reduce_bucket * b
-    sent = max(min(setup.reduce_bucket, model.numel), largest)
-    buckets += sent * (b + (DTYPES[setup.communication_dtype] if setup.communication_dtype != setup.dtype else 0))
+    sending, by_layer, at_end = _sent_of(model, setup)
     late = setup.kind == "zero1" and (setup.accumulation > 1 or not setup.overlap)
     passing = model.numel * b if late else 0  # stage 1 reduces all at the end, or has accumulated all
     if setup.kind == "zero2" and setup.accumulation > 1 and not apart:
@@ -92,9 +96,11 @@ def _zero12(model: Model, places: Places, setup: Setup, rank: int) -> Frame:
             gradients=0,
             buckets=buckets + b * largest,
             buckets_stay=b * largest,
-            backward=passing + b * largest,
-            embedding=passing + b * largest,
-            norm=_NORM * piece,
+            head=passing + b * largest,
+            backward=passing + sending,
+            by_layer=by_layer,
+            embedding=passing + at_end,
+            norm=0,  # taken parameter by parameter, as they are reduced
             copies={},
             host=host,
         )
@@ -109,11 +115,36 @@ def _zero12(model: Model, places: Places, setup: Setup, rank: int) -> Frame:
         master=m * sum(partitions),
         gradients=gradients,
         buckets=buckets,
-        backward=passing + b * max(map(math.prod, model.shapes.values())),
-        embedding=passing + b * largest,
+        head=passing + b * largest,
+        backward=passing + sending,
+        by_layer=by_layer,
+        embedding=passing + at_end,
         norm=_NORM * piece,
         copies=copies,
     )
+
+
+def _sending(numels: list[int], setup: Setup) -> int:
+    """Gradients of parameters of ``numels`` on their way.
+
+    One that is too large for the bucket is reduced where it is; others as a copy of the bucket. In another dtype than
+    the model's they are copied once more.
+    """
+    b = setup.width
+    again = DTYPES[setup.communication_dtype] if setup.communication_dtype != setup.dtype else 0
+    inside = max((n for n in numels if n <= setup.reduce_bucket), default=0)
+    alone = max((n for n in numels if n > setup.reduce_bucket), default=0)
+    return max((b + again) * alone, (b + again) * min(setup.reduce_bucket, sum(numels)) + b * inside)
+
+
+def _sent_of(model: Model, setup: Setup) -> tuple[int, dict[int, int], int]:
+    """Gradients on their way in the layers; by layer what comes to that (the head's beside the last); at the end."""
+    inside = {name for layer in model.layers for name in layer}
+    layers = _sending([model.numel_of([n]) for n in model.shapes if n in inside], setup)
+    rest = _sending([math.prod(s) for s in model.shapes.values()], setup)
+    by_layer = dict.fromkeys(range(max(len(model.layers), 1)), 0)
+    by_layer[max(by_layer)] = max(rest - layers, 0)
+    return layers, by_layer, rest
 
 
 def _zero3(model: Model, places: Places, setup: Setup, rank: int) -> Frame:
@@ -124,10 +155,8 @@ def _zero3(model: Model, places: Places, setup: Setup, rank: int) -> Frame:
     g = DTYPES[setup.accumulation_dtype]
     wire = DTYPES[setup.communication_dtype]
     largest = _largest(model.shapes.values())
-    sent = max(min(setup.reduce_bucket, model.numel), largest)
-    # Gradients are put into the bucket, then woven into one tensor for the reduce-scatter.
-    reducing = sent * wire + (sent * wire if setup.communication_dtype != setup.dtype else 0)
-    forward, backward = live_elements(model, setup)
+    live = live_elements(model, setup)
+    sending, by_layer, at_end = _sent_of(model, setup)
     copies = {}
     for unit, names in places.units().items():
         size = sum(share[name] for name in names)
@@ -144,11 +173,15 @@ def _zero3(model: Model, places: Places, setup: Setup, rank: int) -> Frame:
         master=0 if setup.offload else m * total,
         gradients=0 if setup.offload else g * total,
         gradients_stay=not setup.offload,
-        buckets=setup.reduce_bucket * wire + reducing,
+        buckets=setup.reduce_bucket * wire,
         buckets_stay=setup.reduce_bucket * wire,
-        forward=b * forward,
-        backward=b * (backward + largest),
-        embedding=b * (backward + largest),
+        forward=b * live.forward,
+        loss=b * live.turn,
+        head=b * (live.turn + largest),
+        # Gradients are woven into one tensor for the reduce-scatter.
+        backward=sending,
+        by_layer={layer: more + b * live.layers.get(layer, 0) for layer, more in by_layer.items()},
+        embedding=b * live.end + at_end,
         norm=_NORM * max(share.values()),
         copies=copies,
         host=host,
@@ -162,23 +195,34 @@ def _fsdp2(model: Model, setup: Setup) -> Frame:
     inside = {name for layer in model.layers for name in layer}
     rest = [name for name in model.shapes if name not in inside]
     embedding = [name for name in rest if setup.units == "accelerate" and "embed" in name]
-    tail = sum(n * share[name] for name in rest if name not in embedding)  # stays whole until its backward pass
-    first = sum(n * share[name] for name in embedding)
-    widest = max([*layers, first], default=0)
+    tail = [name for name in rest if name not in embedding]  # whole until its backward pass
+    whole = n * sum(share[name] for name in tail)
+    first = n * sum(share[name] for name in embedding)
+    widest = max(layers, default=0)
     kept = 0 if setup.reshard else sum(layers)
-    # Forward: what is gathered for one unit and for the next, then the parameters copied out of it.
-    forward = b * (tail + max(2 * widest, kept))
-    # Backward: a unit's parameters and their gradients, the next gathered ahead, and a reduce-scatter's input beside
-    # the one before, which is kept until it has been sent.
-    backward = b * (tail + max(2 * widest, kept + widest)) + b * 3 * widest
-    last = b * (first or tail) * 3
+    # What a reduce-scatter is given; gloo works in a copy of it.
+    r = DTYPES[setup.communication_dtype] * (2 if setup.device == "cpu" and n > 1 else 1)
+    last = embedding or tail
+    # Forward: what is gathered for one unit and for the next, or the parameters copied out of it.
+    forward = b * (whole + max(2 * max(widest, first), kept))
+    # Backward: a unit's parameters, the next gathered ahead, its gradients, and what was sent before; then, its
+    # parameters gone, what is sent of it.
+    sent = DTYPES[setup.communication_dtype] * widest
+    through = 0 if embedding else b * whole
+    backward = through + b * kept + max(b * 3 * widest + sent, b * 2 * widest + sent + r * widest)
+    # Of a unit that has been copied for sending the last parameter's gradient is still held.
+    end = (r * (first or whole)) + b * math.prod(model.shapes[last[-1]]) if last else 0
     return Frame(
         weights=m * sum(share.values()) + model.buffer_bytes,
         master=0,
         gradients=m * sum(share.values()),
         forward=forward,
+        loss=b * (whole + kept),
+        head=b * (whole + kept) + b * math.prod(model.shapes[tail[-1]]) + (r * whole if embedding else 0)
+        if tail
+        else 0,
         backward=backward,
-        embedding=last + (b * tail if first else 0),
+        embedding=end + (sent if embedding else 0),
     )
 
 
@@ -194,6 +238,8 @@ def _replicated(model: Model, setup: Setup) -> Frame:
         buckets=m * model.numel if setup.kind == "ddp" else 0,
         buckets_stay=m * model.numel if setup.kind == "ddp" else 0,
         forward=cast,
-        backward=cast + m * largest,
+        loss=cast,
+        head=cast + m * largest,
+        backward=cast,
         embedding=cast + m * largest,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from ds_lowrank.planner.model import Model
 from ds_lowrank.planner.setup import Setup
@@ -37,28 +38,53 @@ def module_order(model: Model, checkpointing: bool) -> tuple[list[list[str]], in
     return order, len(forward)
 
 
-def live_elements(model: Model, setup: Setup) -> tuple[int, int]:
-    """Elements of whole parameters alive at most, flat buffers included: in the forward and in the backward pass.
+@dataclass(frozen=True)
+class Live:
+    """Elements of whole parameters alive at most, flat buffers included.
 
     Small parameters that stay on every rank are not in them, nor anything on one rank, where the partition is whole.
+
+    Attributes:
+        forward: in the forward pass.
+        turn: between the passes.
+        layers: index of a layer -> in its backward pass.
+        end: after the layers.
     """
+
+    forward: int = 0
+    turn: int = 0
+    layers: dict[int, int] = field(default_factory=dict)
+    end: int = 0
+
+
+def live_elements(model: Model, setup: Setup) -> Live:
+    """Replay a step of ``model`` from the second on."""
     numel = {name: math.prod(shape) for name, shape in model.shapes.items()}
     padded = {name: -(-n // setup.ranks) * setup.ranks for name, n in numel.items()}
     order, backward = module_order(model, setup.checkpointing)
     kept = {name for name, n in numel.items() if n <= setup.persistence}
     if setup.ranks == 1:
-        return 0, 0
+        return Live()
+    layer_of = {name: index for index, layer in enumerate(model.layers) for name in layer}
     queue = deque((name, step) for step, module in enumerate(order) for name in module)
     used_at: dict[str, int] = {}
     live: set[str] = set()
-    flying: dict[str, list[str]] = {}  # parameter -> those that it was fetched with
-    buffers: dict[int, int] = {}  # fetched set -> elements of its flat buffer
-    highest = [0, 0]
+    flying: dict[str, int] = {}  # parameter -> number of the set that it was fetched with, until it is used
+    fetched: list[list[str]] = []
+    buffers: dict[int, int] = {}  # number of a set -> elements of its flat buffer
+    forward = turn = end = 0
+    layers: dict[int, int] = {}
 
     def note(step: int) -> None:
+        nonlocal forward, end
         now = sum(padded[n] for n in live) + sum(buffers.values())
-        phase = int(step >= backward)
-        highest[phase] = max(highest[phase], now)
+        layer = layer_of.get(order[step][0])
+        if step < backward:
+            forward = max(forward, now)
+        elif layer is not None:
+            layers[layer] = max(layers.get(layer, 0), now)
+        elif layers:
+            end = max(end, now)
 
     for step, module in enumerate(order):
         wanted = [n for n in module if n not in kept]
@@ -68,11 +94,14 @@ def live_elements(model: Model, setup: Setup) -> tuple[int, int]:
         note(step)
         for name in wanted:
             if name in flying:
-                together = flying.pop(name)
-                live.update(together)
+                number = flying.pop(name)
+                if len(fetched[number]) == 1:  # gathered in its place
+                    buffers.pop(number)
+                live.update(fetched[number])
+                fetched[number] = []  # all of them are there now
                 note(step)
-                if not any(flying.get(other) is together for other in together):
-                    buffers.pop(id(together), None)
+                if number not in flying.values():
+                    buffers.pop(number, None)
         fresh = {n for n in module if used_at.get(n, -1) < step}
         while queue and fresh:
             name, at = queue.popleft()
@@ -85,16 +114,16 @@ def live_elements(model: Model, setup: Setup) -> tuple[int, int]:
             used_at[name] = max(used_at.get(name, -1), at)
             if name not in kept and name not in live and name not in flying and name not in ahead:
                 ahead.append(name)
-        if len(ahead) == 1:
-            flying[ahead[0]] = ahead
-            buffers[id(ahead)] = padded[ahead[0]]
-        elif ahead:
-            flying.update(dict.fromkeys(ahead, ahead))
-            buffers[id(ahead)] = sum(padded[n] for n in ahead)
+        if ahead:
+            flying.update(dict.fromkeys(ahead, len(fetched)))
+            buffers[len(fetched)] = sum(padded[n] for n in ahead)
+            fetched.append(ahead)
         note(step)
         soon = _used_soon(order[step + 1 :], numel, setup.max_reuse)
         live -= {n for n in wanted if n not in soon and used_at.get(n, -1) <= step}
-    return highest[0], highest[1]
+        if step == backward - 1:
+            turn = sum(padded[n] for n in live) + sum(buffers.values())
+    return Live(forward, turn, layers, end)
 
 
 def _used_soon(coming: Sequence[Sequence[str]], numel: dict[str, int], distance: int) -> set[str]:

@@ -32,8 +32,9 @@ class RankMemory:
     Attributes:
         optimizer: one of ``OPTIMIZERS``.
         rank: the rank.
-        moments: name of a moment -> term -> bytes on the device: ``resident`` between steps; ``loss``, ``head``,
-            ``layer`` and ``embedding`` in forward and backward; ``norm``, ``step`` and ``refresh`` (the first step).
+        moments: name of a moment -> term -> bytes on the device: ``resident`` between steps; ``forward``, ``loss``,
+            ``head``, ``layer`` and ``embedding`` in forward and backward; ``norm``, ``step`` and ``refresh`` (a step in
+            which matrices are due).
         solver: bytes of the workspace of ``eigh`` in ``refresh``, counted among its temporaries.
         host: bytes on the CPU.
     """
@@ -186,14 +187,20 @@ def _on_rank(
         host += states.moments + states.bases
         kept = {}
     base = {**at_rest, **kept}
-    a = alive or Activations(0, 0, 0, 0)
+    a = alive or Activations(0, 0, 0, 0, 0, 0)
     reduced = {**base, "gradients": held.gradients, "buckets": held.buckets}
     before = held.gradients if held.gradients_stay or setup.accumulation > 1 else 0
+    # The backward pass lets go of activations layer by layer, and may have most parameters at its end.
+    last = max(held.by_layer, default=0)
+    kept_then, whole_then = max(
+        ((a.layer - (last - layer) * a.each, whole) for layer, whole in (held.by_layer or {0: 0}).items()), key=sum
+    )
     moments = {
         "resident": base,
-        "loss": {**base, "gradients": before, "activations": a.loss, "temporaries": held.forward},
-        "head": {**base, "gradients": before, "activations": a.head, "temporaries": held.backward},
-        "layer": {**reduced, "activations": a.layer, "temporaries": held.backward},
+        "forward": {**base, "gradients": before, "activations": a.forward, "temporaries": held.forward},
+        "loss": {**base, "gradients": before, "activations": a.loss, "temporaries": held.loss},
+        "head": {**base, "gradients": before, "activations": a.head, "temporaries": held.head},
+        "layer": {**reduced, "activations": kept_then, "temporaries": held.backward + whole_then},
         "embedding": {**reduced, "activations": a.embedding, "temporaries": held.embedding},
         "norm": {**base, "gradients": held.gradients, "temporaries": held.norm},
     }

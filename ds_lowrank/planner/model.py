@@ -100,7 +100,11 @@ def describe(module: nn.Module, name: str) -> Model:
         for part in module.modules()
         if any(True for _ in part.parameters(recurse=False))
     ]
-    stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) and next(m.parameters(), None) is not None]
+    stacks = [
+        m
+        for m in module.modules()
+        if isinstance(m, nn.ModuleList) and len(m) and next(m.parameters(), None) is not None
+    ]
     layers = [[known[id(p)] for p in layer.parameters()] for layer in stacks[0]] if stacks else []
     return Model(
         module=module,

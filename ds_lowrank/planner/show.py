@@ -20,13 +20,14 @@ _KINDS = {
 }
 _MOMENTS = {
     "resident": "between steps",
+    "forward": "forward",
     "loss": "loss",
     "head": "backward: head",
     "layer": "backward: layers",
     "embedding": "backward: end",
     "norm": "gradient norm",
     "step": "step",
-    "refresh": "first step",
+    "refresh": "step with refreshes",
 }
 
 

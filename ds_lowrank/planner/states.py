@@ -72,17 +72,17 @@ def _held(places: Places, setup: Setup, rank: int, name: str) -> int:
 
 def _galore(places: Places, setup: Setup, rank: int) -> States:
     """galore-torch 1.0 as it runs on FSDP2: moments of tall matrices are sharded, those of wide ones (r × n) and all
-    projectors are whole on every rank. A projector is a view, which keeps all singular vectors of its side alive.
+    projectors are whole on every rank. An fp32 projector is a view, which keeps all singular vectors of its side alive.
     """
-    moments = bases = 0
-    largest = 0
+    moments = bases = largest = 0
+    width = setup.master_width
     for plan in places.plans:
         m, n = plan.shape
         tall = m >= n
         rows = -(-plan.long // setup.ranks) if tall and setup.kind not in ("ddp", "one") else plan.long
-        moments += 2 * rows * plan.rank * 4
-        bases += min(m, n) ** 2 * 4
+        moments += 2 * rows * plan.rank * width
+        # Narrow gradients are decomposed in fp32 and their projector is copied back, so that nothing else stays.
+        bases += min(m, n) * (min(m, n) if width == 4 else plan.rank) * width
         # The gathered gradient and both sides of its decomposition.
         largest = max(largest, 4 * (m * n + m * min(m, n) + min(m, n) * n))
     return States(moments + _full_rank(places, setup, rank), bases, largest)
-

@@ -1,4 +1,4 @@
-"""What the low-rank step holds for a moment on one rank: read off ``step.py``, ``rows.py``, ``bases.py``, ``refresh.py``.
+"""What the low-rank step holds for a moment on one rank: read off step.py, rows.py, bases.py and refresh.py.
 
 A step needs the projection of one matrix and its basis. Where rows move, three batches of them are on their way at
 once: the next one's gradients, this one's updates, and the updates of the one before. A refresh needs the rows of a
@@ -121,11 +121,10 @@ def _matrix(plan: MatrixPlan, rank: int, formats: tuple[str, str]) -> int:
     blocks = 2 if share.view is not None and share.buffer is not None else 1
     basis = plan.short * plan.rank * width
     gathered = rows_bytes(plan.short, plan.rank, basis_dtype)
+    joining = basis if basis_dtype != "fp32" else 0
     if plan.spread:
         # The basis before is held until this one is joined, and the next is on its way.
         joining = basis + gathered + basis + gathered
-    else:
-        joining = basis if basis_dtype != "fp32" else 0
     moments = 0 if state_dtype == "fp32" else 2 * product
     cast = 0
     if plan.weight_dtype.itemsize < width and share.view is not None:
@@ -151,7 +150,9 @@ def _wave(plans: Sequence[MatrixPlan], rank: int, formats: tuple[str, str], g: i
     made = sum(square[p.name] for p in few)
     received = sum(square[p.name] * len(p.witnesses) for p in owned if p in few)
     summed = sum(square[p.name] for p in owned if p in few)
-    narrow = max((min(GRAM_CHUNK_ROWS, p.long) * p.short * g for p in [*mine, *alone] if g != p.dtype.itemsize), default=0)
+    narrow = max(
+        (min(GRAM_CHUNK_ROWS, p.long) * p.short * g for p in [*mine, *alone] if g != p.dtype.itemsize), default=0
+    )
     second = max((square[p.name] for p in [*mine, *alone] if _blocks(p, rank) == 2), default=0)
     computing = grams + passing + 2 * made + received + narrow + second
     decomposed = [*owned, *alone]
