@@ -6,6 +6,7 @@ Bytes are those of unique storages; peaks are followed operation by operation (`
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ def plan(layout: str, dtype: str, rank: int, ranks: int, seq: int, model: torch.
     if layout in ZERO_STAGE:
         setup, options = from_deepspeed(deepspeed_config(case), ranks, 512, seq=seq, device="cpu")
     else:
-        reduced = "fp32"  # the harness' MixedPrecisionPolicy
-        setup, options = Setup("fsdp2", ranks, seq, dtype=dtype, communication_dtype=reduced, units="layers"), {}
+        sharded = Setup("fsdp2", ranks, seq, dtype=dtype, units="layers", device="cpu")
+        setup, options = sharded.replace(communication_dtype="fp32"), {}  # the harness' MixedPrecisionPolicy
     return plan_setup(known, low_rank_config({**case.options, **options}, None), setup)
 
 
@@ -86,7 +87,7 @@ def measure(layout: str, dtype: str, rank: int, seq: int) -> dict[str, int]:
         found["forward and backward, peak"] = passes
         found["after backward: gradients"] = gradients
         found["between steps, all"] = tracker.alive
-        found.update(_resident(run))
+        found.update(resident_bytes(run))
         run.close()
     del run, model
     gc.collect()
@@ -101,7 +102,8 @@ def _gradients(run: Any) -> int:
     return state_bytes(held)
 
 
-def _resident(run: Any) -> dict[str, int]:
+def resident_bytes(run: Any) -> dict[str, int]:
+    """Bytes of weights, masters, states and bases on this rank, by unique storages."""
     parameters = dict(run.model.named_parameters())
     buffers = dict(run.model.named_buffers())
     parts = {("part", n): p.ds_tensor for n, p in parameters.items() if hasattr(p, "ds_tensor")}
@@ -141,9 +143,8 @@ def planned(made: MemoryPlan, layout: str) -> dict[str, int]:
 
 def planned_rows(
     ranks: list[int], layouts: tuple[str, ...] = LAYOUTS, rank: int = 128, seq: int = 128, dtype: str = "bf16"
-) -> list[Row]:
+) -> Iterator[Row]:
     """Rows of every layout on every number of ranks: the rank that measures most beside the plan."""
-    rows = []
     for size in ranks:
         pool = RankPool(size, timeout=600)
         for layout in layouts:
@@ -151,16 +152,13 @@ def planned_rows(
             expected = planned(plan(layout, dtype, rank, size, seq, Llama()), layout)
             for what, count in expected.items():
                 most = max(m[what] for m in measured)
-                rows.append(
-                    {
-                        "layout": layout,
-                        "ranks": size,
-                        "what": what,
-                        "planned": count,
-                        "measured": most,
-                        "planned_over_measured": count / most if most else None,
-                    }
-                )
+                yield {
+                    "layout": layout,
+                    "ranks": size,
+                    "what": what,
+                    "planned": count,
+                    "measured": most,
+                    "planned_over_measured": count / most if most else None,
+                }
             print(f"{layout} on {size} ranks: done", flush=True)
         pool.close()
-    return rows
