@@ -1,6 +1,7 @@
 """How many bytes of optimizer state does each rank hold, measured?
 
     python benchmarks/memory.py --json out.json
+    python benchmarks/memory.py --planned --json out.json      # the planner beside measured bytes and peaks
 
 LLaMA-60M under every layout on 1, 2 and 4 gloo ranks, after a step: ``share`` is the rank's part of the total over
 ranks, ``of_even_part`` what it holds over an N-th of what one rank alone holds; under 1.05 means that the state is
@@ -30,8 +31,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     parser.add_argument("--rank", type=int, default=128, help="r of LLaMA-60M")
+    parser.add_argument("--planned", action="store_true", help="the planner beside what is measured, see planned.py")
     json_argument(parser)
     args = parser.parse_args()
+    if args.planned:
+        from planned import planned_rows
+
+        rows = list(planned_rows(args.ranks, rank=args.rank))
+        show(rows, "Memory of LLaMA-60M in bf16, planned and measured, in bytes", args.json)
+        return
     rows = layer_rows()
     alone: dict[str, dict[str, int]] = {}  # by layout
     for ranks in sorted({1, *args.ranks}):

@@ -21,12 +21,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         "checkpoint", help="folder: checkpoint-N of a Trainer, or what engine.save_checkpoint was given"
     )
     inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+    _add_plan(commands.add_parser("plan", help="memory of each rank before a run, and what makes it fit"))
     args = parser.parse_args(argv)
     try:
-        return _inspect(args)
+        return args.run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_plan)
+    parser.add_argument("--model_config", required=True, help="Hugging Face config.json of a causal language model")
+    parser.add_argument("--gpus", type=int, required=True, help="data-parallel ranks")
+    parser.add_argument("--gpu_memory", type=float, required=True, help="of each, in GiB")
+    parser.add_argument(
+        "--margin", type=float, default=1.0, help="GiB to leave to CUDA, NCCL and fragmentation: a guess (default: 1)"
+    )
+    parser.add_argument("--deepspeed", help="DeepSpeed JSON; without it and --fsdp_config: DDP")
+    parser.add_argument("--fsdp_config", help="the Trainer's FSDP2 JSON")
+    parser.add_argument("--seq", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--micro_batch", type=int, default=1, help="sequences of a micro-step")
+    parser.add_argument("--accumulation", type=int, help="micro-steps a step; default: the DeepSpeed JSON's, or 1")
+    parser.add_argument("--activation_checkpointing", action="store_true")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: the DeepSpeed JSON's, or bf16")
+    parser.add_argument("--master_dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: no fp32 master")
+    parser.add_argument("--rank", type=int, help="default: that of the configuration's lowrank block")
+    parser.add_argument("--state_dtype", choices=("fp32", "bf16", "int8"), default="fp32", help="of low-rank moments")
+    parser.add_argument("--basis_dtype", choices=("fp32", "bf16", "int8", "int4"), default="fp32")
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -37,6 +61,35 @@ def _inspect(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
     else:
         print_checkpoint(facts)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from ds_lowrank.planner import advise, plan_memory, print_plan, read_model
+
+    plan = plan_memory(
+        args.model_config,
+        args.gpus,
+        deepspeed=args.deepspeed,
+        fsdp_config=args.fsdp_config,
+        rank=args.rank,
+        seq=args.seq,
+        micro_batch=args.micro_batch,
+        accumulation=args.accumulation,
+        checkpointing=args.activation_checkpointing,
+        dtype=args.dtype,
+        master=args.master_dtype,
+        state_dtype=args.state_dtype,
+        basis_dtype=args.basis_dtype,
+    )
+    advice = advise(read_model(args.model_config), plan.config, plan.setup, args.gpu_memory, args.margin)
+    if args.json:
+        facts = plan.to_dict()
+        facts["fits"] = plan.fits(args.gpu_memory, margin=args.margin)
+        facts["advice"] = [{"changes": a.changes, "peak": a.plan.ours.peak} for a in advice]
+        print(json.dumps(facts, indent=2))
+    else:
+        print_plan(plan, args.gpu_memory, args.margin, advice)
     return 0
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 
 from ds_lowrank.comm import Comm
 from ds_lowrank.geometry import Box, Part, part_of
-from ds_lowrank.layouts.base import Layout, LayoutError
+from ds_lowrank.layouts.base import Layout, LayoutError, Piece
 from ds_lowrank.specs import MatrixSpec
 from ds_lowrank.subspace.schedule import deal_owners, phases, waves
 from ds_lowrank.subspace.sides import Side, projected_side
@@ -174,16 +174,53 @@ def make_plan(
             "optimizer the same way on every rank"
         )
     check_equal([answer[3] for answer in answers], "weights", "load or initialise the same weights on every rank")
-    pieces = [answer[2] for answer in answers]
+    return plan_matrices(
+        specs,
+        [answer[2] for answer in answers],
+        copy=comm.ranks.copy,
+        dealt=layout.dealt,
+        dtype=layout.dtype,
+        unit=layout.unit,
+        stagger=stagger,
+        wave_size=wave_size,
+        shard_projection=shard_projection,
+    )
+
+
+def plan_matrices(
+    specs: Sequence[MatrixSpec],
+    pieces: Sequence[Mapping[str, Piece]],
+    *,
+    copy: tuple[int, ...],
+    dealt: bool,
+    dtype: Callable[[str], torch.dtype],
+    unit: Callable[[str], int],
+    stagger: bool,
+    wave_size: int,
+    shard_projection: bool,
+) -> list[MatrixPlan]:
+    """Plan every projected matrix from what each rank holds: the same numbers in a run and ahead of one.
+
+    Args:
+        specs: the matrices in the model's parameter order.
+        pieces: for each rank, parameter name -> what it holds.
+        copy: for each rank, which copy of the model it is in.
+        dealt: every rank holds everything.
+        dtype, unit: of a parameter, see :class:`ds_lowrank.layouts.Layout`.
+        stagger, wave_size, shard_projection: see :func:`make_plan`.
+
+    Raises:
+        LayoutError: the pieces do not cover a matrix once and in order.
+    """
     schedule = _schedule(specs, stagger, wave_size)
     plans = []
     for spec, (phase, wave) in zip(specs, schedule):
         parts = [part_of(p.get(spec.parameter), spec.parameter_shape, spec.index, spec.name) for p in pieces]
         side = projected_side(spec.shape, spec.proj_type)
-        shares = plan_shares(spec.shape, side, parts, spec.name, copy=comm.ranks.copy, dealt=layout.dealt)
+        shares = plan_shares(spec.shape, side, parts, spec.name, copy=copy, dealt=dealt)
         short = spec.shape[1] if side == "right" else spec.shape[0]
-        slices = _slices(shares, comm.ranks.copy, short)
-        dtype = layout.dtype(spec.parameter)
+        slices = _slices(shares, copy, short)
+        weight_dtype = dtype(spec.parameter)
         plans.append(
             MatrixPlan(
                 name=spec.name,
@@ -193,18 +230,18 @@ def make_plan(
                 side=side,
                 rank=spec.rank,
                 group=spec.group,
-                unit=layout.unit(spec.parameter),
+                unit=unit(spec.parameter),
                 gap=spec.gap,
                 phase=phase,
                 wave=wave,
-                weight_dtype=dtype,
-                dtype=work_dtype(dtype),
+                weight_dtype=weight_dtype,
+                dtype=work_dtype(weight_dtype),
                 parts=tuple(parts),
                 shares=shares,
                 slices=slices,
                 spread=shard_projection and any(rows not in (None, (0, short)) for rows in slices),
-                copy=comm.ranks.copy,
-                dealt=layout.dealt,
+                copy=copy,
+                dealt=dealt,
             )
         )
     return _with_owners(plans)

@@ -106,7 +106,7 @@ class LowRankStep:
         plans = [p for p in plans if (p.shared and not p.dealt) or p.name in self._projected or self._has_gradient(p)]
         due = [p for p in plans if p.name in states and self.is_due(p, states)]
         waiting = {p.name for p in due}
-        for wave in _waves(due):
+        for wave in waves_of(due):
             self.refresh_and_step(wave, states, groups)
         rest = [p for p in plans if p.name in states and p.name not in waiting]
         # What is shared is the same on all ranks; what is not differs, and so comes apart from it.
@@ -161,7 +161,7 @@ class LowRankStep:
     def _step_in_batches(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState], groups: Groups) -> None:
         """Step matrices that have a basis; while one batch is computed, the rows of the next are on their way."""
         plans = [p for p in plans if states[p.name]["refreshes"]]
-        batches = list(_batches(plans))
+        batches = list(batches_of(plans))
         collected = [p for p in plans if p.name not in self._projected]
         bases = self._bases.stream([p for batch in batches for p in batch], self._kept(plans, states))
         coming = self._rows.collect(batches[0], self._gradient) if collected else done({})
@@ -272,7 +272,7 @@ class LowRankStep:
         return {name: basis for name, basis in kept.items() if isinstance(basis, Tensor)}
 
 
-def _waves(plans: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
+def waves_of(plans: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
     """Due matrices in portions that are refreshed side by side: at a first step everything is due."""
     portions: dict[tuple[int, int], list[MatrixPlan]] = {}
     for plan in plans:
@@ -280,7 +280,7 @@ def _waves(plans: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
     return [portions[key] for key in sorted(portions)]
 
 
-def _batches(plans: Sequence[MatrixPlan]) -> Iterator[list[MatrixPlan]]:
+def batches_of(plans: Sequence[MatrixPlan]) -> Iterator[list[MatrixPlan]]:
     """Consecutive matrices of one dtype whose rows travel together."""
     batch: list[MatrixPlan] = []
     numbers = 0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ds_lowrank.layouts.base import LayoutError, Member, Piece, Ranks, Tensors, checksum, same_device
+from ds_lowrank.layouts.cuts import chunk_piece
 from ds_lowrank.subspace.sides import projected_side
 
 
@@ -190,14 +191,7 @@ def _piece(m: Member, placements: Sequence[Placement]) -> Piece:
             "(Replicate(), Shard(dim)), as fully_shard makes them on a 1-D or 2-D mesh without tensor parallelism"
         )
     mesh = parameter.device_mesh
-    ranks, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
-    size = m.shape[last.dim]
-    chunk = -(-size // ranks)
-    start, stop = min(rank * chunk, size), min((rank + 1) * chunk, size)
-    if last.dim:
-        return Piece(start, stop, last.dim)
-    row = parameter.numel() // size if size else 0
-    return Piece(start * row, stop * row)
+    return chunk_piece(m.shape, last.dim, mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1))
 
 
 def _numel_of(piece: Piece, shape: tuple[int, ...]) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_lowrank.layouts.base import LayoutError, Member, Piece, Tensors
+from ds_lowrank.layouts.cuts import slice_piece
 from ds_lowrank.layouts.zero import data_parallel_ranks, parallelism
 
 
@@ -60,10 +61,9 @@ class Zero3Layout:
         sub_group, offset, share = place
         self._tensors.add(self._zero.fp32_partitioned_groups_flat[sub_group], m.name)
         self._places[m.name] = (sub_group, offset)
-        start = min(self.ranks.rank * share, parameter.ds_numel)
-        stop = min(start + share, parameter.ds_numel)
-        if start < stop:
-            self.pieces[m.name] = Piece(start, stop)
+        piece = slice_piece(parameter.ds_numel, share, self.ranks.rank)
+        if piece.start < piece.stop:
+            self.pieces[m.name] = piece
         return None
 
     def _slice(self, flat: Tensor, name: str) -> Tensor:

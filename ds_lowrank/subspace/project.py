@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Rows of a gradient that are widened to the Gram's dtype at once: no full-size copy is ever made.
-_GRAM_CHUNK_ROWS = 2048
+GRAM_CHUNK_ROWS = 2048
 _GRAM_BLOCK_COLUMNS = 128
 
 
@@ -27,7 +27,7 @@ def gram(a: Tensor, dtype: torch.dtype) -> Tensor:
     # Symmetric: of blocks of columns only those on and above the diagonal are computed, the rest is their mirror image.
     blocks = max(1, min(4, short // _GRAM_BLOCK_COLUMNS))
     cuts = [short * k // blocks for k in range(blocks + 1)]
-    for first, rows in enumerate(a.split(_GRAM_CHUNK_ROWS)):
+    for first, rows in enumerate(a.split(GRAM_CHUNK_ROWS)):
         wide = rows.to(dtype)
         for left, right in itertools.pairwise(cuts):
             # beta = 0 does not read what lies there.

@@ -1,0 +1,105 @@
+"""Which change makes a plan fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ds_lowrank.config import LowRankConfig
+from ds_lowrank.planner.memory import MemoryPlan, configured, plan_setup
+from ds_lowrank.planner.model import Model
+from ds_lowrank.planner.setup import Setup
+
+_MOST_RANKS = 64
+_SHORTEST = 512
+_SMALL_BUCKET = 50_000_000
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change, or several one after the other, and the plan with it.
+
+    Attributes:
+        changes: what is changed.
+        plan: of the changed run.
+    """
+
+    changes: list[str]
+    plan: MemoryPlan
+
+
+def advise(model: Model, config: LowRankConfig, setup: Setup, gpu_memory: float, margin: float = 0.0) -> list[Advice]:
+    """Changes that make ds_lowrank fit: each that does by itself, or where none does, as many together as it takes.
+
+    Args:
+        model, config, setup: a run.
+        gpu_memory, margin: GiB of a GPU, and what is to stay free of it.
+
+    Returns:
+        Empty where the run fits as it is, or where nothing known here makes it fit.
+    """
+    if plan_setup(model, config, setup).fits(gpu_memory, margin=margin):
+        return []
+    alone = []
+    for label, change in _changes():
+        changed = change(setup)
+        if changed is not None:
+            plan = plan_setup(model, config, changed)
+            if plan.fits(gpu_memory, margin=margin):
+                alone.append(Advice([_marked(label, plan)], plan))
+    if alone:
+        return alone
+    together: list[str] = []
+    for label, change in _changes():
+        changed = change(setup)
+        if changed is None:
+            continue
+        before, plan = plan_setup(model, config, setup), plan_setup(model, config, changed)
+        if plan.ours.peak < before.ours.peak:
+            setup = changed
+            together.append(_marked(label, plan))
+            if plan.fits(gpu_memory, margin=margin):
+                return [Advice(together, plan)]
+    return []
+
+
+def _marked(label: str, plan: MemoryPlan) -> str:
+    return label if configured(plan) else f"{label} (planned only)"
+
+
+def _changes() -> Iterator[tuple[str, Callable[[Setup], Setup | None]]]:
+    """What can be changed, the cheapest first; ``None`` where it makes no difference."""
+    yield "activation checkpointing", lambda s: None if s.checkpointing else s.replace(checkpointing=True)
+    yield f"reduce_bucket_size {_SMALL_BUCKET:,}", _smaller_buckets
+    yield "int8 states and bf16 bases", _narrow
+    yield "ZeRO-3", lambda s: s.replace(kind="zero3", overlap=True) if s.kind in ("zero1", "zero2") else None
+    yield "FSDP2", lambda s: s.replace(kind="fsdp2") if s.kind == "ddp" else None
+    yield "offload_optimizer to the CPU", _offload
+    yield "half the sequence", lambda s: s.replace(seq=s.seq // 2) if s.seq // 2 >= _SHORTEST else None
+    ranks = 2
+    while ranks <= _MOST_RANKS:
+        yield f"{ranks} ranks", _more_ranks(ranks)
+        ranks *= 2
+
+
+def _smaller_buckets(setup: Setup) -> Setup | None:
+    if not setup.kind.startswith("zero") or setup.reduce_bucket <= _SMALL_BUCKET:
+        return None
+    return setup.replace(reduce_bucket=_SMALL_BUCKET)
+
+
+def _narrow(setup: Setup) -> Setup | None:
+    if setup.state_dtype == "int8":
+        return None
+    return setup.replace(state_dtype="int8", basis_dtype="bf16" if setup.basis_dtype == "fp32" else setup.basis_dtype)
+
+
+def _offload(setup: Setup) -> Setup | None:
+    return None if setup.offload or not setup.kind.startswith("zero") else setup.replace(offload=True)
+
+
+def _more_ranks(ranks: int) -> Callable[[Setup], Setup | None]:
+    def change(setup: Setup) -> Setup | None:
+        return setup.replace(ranks=ranks) if ranks > setup.ranks and setup.kind != "one" else None
+
+    return change

@@ -1,0 +1,259 @@
+"""The plan: every optimizer's bytes on the rank that needs most, moment by moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_lowrank.config import LowRankConfig
+from ds_lowrank.planner.activations import Activations, activations
+from ds_lowrank.planner.formats import planned_only
+from ds_lowrank.planner.frameworks import Frame, frame
+from ds_lowrank.planner.model import Model, read_model
+from ds_lowrank.planner.places import Places, find_places
+from ds_lowrank.planner.setup import Setup, from_deepspeed, from_fsdp, low_rank_config
+from ds_lowrank.planner.states import OPTIMIZERS, States, states_of
+from ds_lowrank.planner.temporaries import temporaries
+from ds_lowrank.refresh import gram_dtype_on
+
+TERMS = ("weights", "master", "states", "bases", "gradients", "buckets", "activations", "temporaries")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One optimizer on one rank.
+
+    Attributes:
+        optimizer: one of ``OPTIMIZERS``.
+        rank: the rank.
+        moments: name of a moment -> term -> bytes on the device: ``resident`` between steps; ``forward``, ``loss``,
+            ``head``, ``layer`` and ``embedding`` in forward and backward; ``norm``, ``step`` and ``refresh`` (a step in
+            which matrices are due).
+        solver: bytes of the workspace of ``eigh`` in ``refresh``, counted among its temporaries.
+        host: bytes on the CPU.
+    """
+
+    optimizer: str
+    rank: int
+    moments: dict[str, dict[str, int]]
+    solver: int
+    host: int
+
+    @property
+    def peak_moment(self) -> str:
+        """The moment with most bytes."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes at that moment."""
+        return sum(self.moments[self.peak_moment].values())
+
+    @property
+    def resident(self) -> int:
+        """Bytes between steps."""
+        return sum(self.moments["resident"].values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of a run on the rank that needs most.
+
+    Attributes:
+        model, weights: name and number of weights of the model.
+        setup, config: what was planned.
+        optimizers: name -> the rank with the highest peak.
+        notes: what the figures leave out, and what can be planned but not yet run.
+    """
+
+    model: str
+    weights: int
+    setup: Setup
+    config: LowRankConfig
+    optimizers: dict[str, RankMemory]
+    notes: list[str]
+
+    @property
+    def ours(self) -> RankMemory:
+        """Of ds_lowrank."""
+        return self.optimizers[OPTIMIZERS[-1]]
+
+    def fits(self, gpu_memory: float, optimizer: str = OPTIMIZERS[-1], margin: float = 0.0) -> bool:
+        """Whether the peak and ``margin`` stay within ``gpu_memory``, both in GiB."""
+        return self.optimizers[optimizer].peak <= (gpu_memory - margin) * GIB
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers ready for JSON; bytes."""
+        return {
+            "model": self.model,
+            "weights": self.weights,
+            "setup": vars(self.setup),
+            "lowrank": self.config.to_dict(),
+            "optimizers": {
+                name: {
+                    "rank": m.rank,
+                    "peak": m.peak,
+                    "peak_moment": m.peak_moment,
+                    "resident": m.resident,
+                    "host": m.host,
+                    "moments": m.moments,
+                }
+                for name, m in self.optimizers.items()
+            },
+            "notes": self.notes,
+        }
+
+
+def plan_memory(
+    model: str | Path | Mapping[str, Any] | nn.Module,
+    gpus: int,
+    *,
+    deepspeed: str | Path | Mapping[str, Any] | None = None,
+    fsdp_config: str | Path | Mapping[str, Any] | None = None,
+    rank: int | None = None,
+    lowrank: Mapping[str, Any] | None = None,
+    **given: Any,
+) -> MemoryPlan:
+    """Plan the memory of a run.
+
+    Args:
+        model: Hugging Face configuration of a causal language model (path or content), or a model.
+        gpus: data-parallel ranks.
+        deepspeed, fsdp_config: the framework's configuration, path or content; neither: DDP (one process on one GPU).
+        rank: r; ``None``: the configuration's.
+        lowrank: options that win over the configuration's ``"lowrank"`` block.
+        given: attributes of :class:`Setup`: ``seq``, ``micro_batch``, ``accumulation``, ``checkpointing``, ``dtype``,
+            ``master``, ``state_dtype``, ``basis_dtype``, ``device``, ``units``.
+
+    Raises:
+        ValueError: an option is unknown or out of range, no rank is set, the framework's configuration is not
+            supported, or transformers cannot build the model.
+        FileNotFoundError: no such file.
+    """
+    if deepspeed is not None and fsdp_config is not None:
+        raise ValueError("give one of a DeepSpeed and an FSDP configuration, not both")
+    known = read_model(model)
+    if deepspeed is not None:
+        hidden = known.decoder.hidden if known.decoder else 0
+        setup, options = from_deepspeed(deepspeed, gpus, hidden, **given)
+    elif fsdp_config is not None:
+        setup, options = from_fsdp(fsdp_config, gpus, **given)
+    else:
+        chosen = {key: value for key, value in given.items() if value is not None}
+        setup, options = Setup(kind="ddp" if gpus > 1 else "one", ranks=gpus, **chosen), {}
+    return plan_setup(known, low_rank_config({**options, **(lowrank or {})}, rank), setup)
+
+
+def plan_setup(model: Model, config: LowRankConfig, setup: Setup) -> MemoryPlan:
+    """Plan a run that has been described already; see :func:`plan_memory`."""
+    places = find_places(model, config, setup)
+    alive = None
+    if model.decoder is not None:
+        alive = activations(model.decoder, setup.tokens, setup.width, setup.checkpointing)
+    frames = [frame(model, places, setup, rank) for rank in range(setup.ranks)]
+    gram_width = gram_dtype_on(config.gram_dtype, torch.device(setup.device)).itemsize
+    found = {}
+    for optimizer in OPTIMIZERS:
+        ranks = [_on_rank(optimizer, places, setup, frames[k], alive, k, gram_width) for k in range(setup.ranks)]
+        found[optimizer] = max(ranks, key=lambda m: m.peak)
+    return MemoryPlan(model.name, model.numel, setup, config, found, _notes(model, setup))
+
+
+def _on_rank(
+    optimizer: str,
+    places: Places,
+    setup: Setup,
+    held: Frame,
+    alive: Activations | None,
+    rank: int,
+    gram_width: int,
+) -> RankMemory:
+    states = states_of(optimizer, places, setup, rank)
+    at_rest = {
+        "weights": held.weights,
+        "master": held.master,
+        "gradients": held.gradients if held.gradients_stay else 0,
+        "buckets": held.buckets_stay,
+    }
+    kept = {"states": states.moments, "bases": states.bases}
+    host = held.host
+    if setup.offload:
+        host += states.moments + states.bases
+        kept = {}
+    base = {**at_rest, **kept}
+    a = alive or Activations(0, 0, 0, 0, 0, 0)
+    reduced = {**base, "gradients": held.gradients, "buckets": held.buckets}
+    before = held.gradients if held.gradients_stay or setup.accumulation > 1 else 0
+    # The backward pass lets go of activations layer by layer, and may have most parameters at its end.
+    last = max(held.by_layer, default=0)
+    kept_then, whole_then = max(
+        ((a.layer - (last - layer) * a.each, whole) for layer, whole in (held.by_layer or {0: 0}).items()), key=sum
+    )
+    moments = {
+        "resident": base,
+        "forward": {**base, "gradients": before, "activations": a.forward, "temporaries": held.forward},
+        "loss": {**base, "gradients": before, "activations": a.loss, "temporaries": held.loss},
+        "head": {**base, "gradients": before, "activations": a.head, "temporaries": held.head},
+        "layer": {**reduced, "activations": kept_then, "temporaries": held.backward + whole_then},
+        "embedding": {**reduced, "activations": a.embedding, "temporaries": held.embedding},
+        "norm": {**base, "gradients": held.gradients, "temporaries": held.norm},
+    }
+    step, refresh, solver = _step(optimizer, places, setup, held, states, rank, gram_width)
+    moments["step"] = {**base, "gradients": held.gradients, "temporaries": step}
+    moments["refresh"] = {**base, "gradients": held.gradients, "temporaries": refresh}
+    filled = {name: {term: terms.get(term, 0) for term in TERMS} for name, terms in moments.items()}
+    return RankMemory(optimizer, rank, filled, solver, host)
+
+
+def _step(
+    optimizer: str, places: Places, setup: Setup, held: Frame, states: States, rank: int, gram_width: int
+) -> tuple[int, int, int]:
+    """The most in a call of ``step()``: an ordinary one, one with refreshes, and of that the solver's workspace."""
+    ours = optimizer == OPTIMIZERS[-1]
+    step = refresh = solver = 0
+    for unit in places.units():
+        start, during = held.copies.get(unit, (0, 0))
+        plans = [p for p in places.plans if p.unit == unit] if ours else []
+        if plans:
+            ahead = temporaries(
+                plans,
+                rank,
+                state_dtype=setup.state_dtype,
+                basis_dtype=setup.basis_dtype,
+                gram_width=gram_width,
+            )
+            inside, due, work = ahead.step, ahead.refresh, ahead.solver
+        else:
+            inside = due = 0 if ours else states.temporaries
+            work = 0
+        step = max(step, start, during + inside)
+        if max(start, during + due) > refresh:
+            refresh, solver = max(start, during + due), work if during + due > start else 0
+    return step, refresh, solver
+
+
+def _notes(model: Model, setup: Setup) -> list[str]:
+    notes = ["not in the figures: the CUDA context, NCCL's buffers, the allocator's fragmentation"]
+    if model.decoder is None:
+        notes.append("activations are not planned: the model's configuration is not that of a LLaMA-like decoder")
+    for option in ("state_dtype", "basis_dtype"):
+        if planned_only(option, getattr(setup, option)):
+            notes.append(f"planned only: {option} {getattr(setup, option)} cannot be configured yet")
+    if setup.master == "bf16" and setup.kind.startswith("zero"):
+        notes.append("planned only: bf16 master weights are refused under DeepSpeed")
+    if setup.offload:
+        notes.append("offload: states and masters are on the CPU; one matrix at a time visits the device")
+    if setup.kind.startswith("zero"):
+        notes.append("galore-torch does not run under ZeRO: its column is what it would hold, laid out as on FSDP2")
+    return notes
+
+
+def configured(plan: MemoryPlan) -> bool:
+    """Whether a plan can be run as it is: nothing in it is planned only."""
+    return not any(note.startswith("planned only") for note in plan.notes)

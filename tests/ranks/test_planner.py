@@ -1,0 +1,43 @@
+"""The plan beside a run: the same pieces, the same plans, the same bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, arguments, build_model
+from harness import ZERO_STAGE, deepspeed_config, start
+from planned import resident_bytes
+
+from ds_lowrank.config import LowRankConfig
+from ds_lowrank.planner import Setup, from_deepspeed, plan_setup, read_model
+from ds_lowrank.planner.frameworks import frame
+from ds_lowrank.planner.places import find_places
+from ds_lowrank.planner.states import states_of
+
+
+@pytest.mark.parametrize("shapes", ["small", "even", "experts"])
+@pytest.mark.parametrize("layout", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_a_run_holds_what_was_planned(pools, layout, shapes):
+    case = Case(layout=layout, shapes=shapes, rank=3, accumulation=1, dtype="fp32", clip=0.0)
+    for rank, (found, pieces, plans) in enumerate(pools(2).run(_run, case)):
+        model = read_model(build_model(case))
+        if layout in ZERO_STAGE:
+            setup, _ = from_deepspeed(deepspeed_config(case), 2, 0)
+        else:
+            setup = Setup(layout, 2, dtype="fp32", communication_dtype="fp32")
+        places = find_places(model, LowRankConfig.from_dict(case.options), setup)
+        assert places.pieces[rank] == pieces
+        assert repr(places.plans) == plans
+        held, states = frame(model, places, setup, rank), states_of("ds_lowrank", places, setup, rank)
+        expected = {"weights": held.weights, "master": held.master, "states": states.moments, "bases": states.bases}
+        assert found == {f"between steps: {term}": count for term, count in expected.items()}
+        assert plan_setup(model, LowRankConfig.from_dict(case.options), setup).ours.resident > held.weights
+
+
+def _run(case: Case) -> tuple[dict[str, int], object, str]:
+    run = start(case, build_model(case))
+    run.step([arguments(case, 0, 0, torch.distributed.get_rank())])
+    layout = run.optimizer.layout
+    result = resident_bytes(run), dict(layout.pieces), repr(run.optimizer.plans)
+    run.close()
+    return result
