@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ds_lowrank.bases import Bases
 from ds_lowrank.comm import Comm, Pending, done
+from ds_lowrank.kernels.moments import kept_direction_
 from ds_lowrank.layouts.base import Layout
 from ds_lowrank.plan import MatrixPlan, Share
 from ds_lowrank.refresh import HISTORY, MatrixState, Refresher
 from ds_lowrank.rows import Blocks, Rows
-from ds_lowrank.rules.adamw import adamw_direction_
 from ds_lowrank.states.formats import Formats, saved_formats
 from ds_lowrank.subspace.project import lift_, project
 from ds_lowrank.subspace.schedule import is_due
@@ -222,7 +222,7 @@ class LowRankStep:
         """
         share, part = plan.shares[self._rank], plan.parts[self._rank]
         assert share is not None
-        direction = self._direction(plan, state, gradient, group)
+        direction = self._direction(state, gradient, group)
         step_size = group["lr"] * group["scale"]
         whole_rows = share.rows - _buffered_rows(plan, share)
         if share.view is not None:
@@ -239,15 +239,12 @@ class LowRankStep:
         products = [project(block.to(self._device), basis) for block in blocks]
         return products[0] if len(products) == 1 else torch.cat(products)
 
-    def _direction(self, plan: MatrixPlan, state: MatrixState, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """N, computed where the moments lie; they are rounded to their formats after it, never before."""
-        form, r, dtype = self._formats, plan.rank, plan.dtype
-        exp_avg = form.exp_avg.read(state, "exp_avg", r, dtype)
-        exp_avg_sq = form.exp_avg_sq.read(state, "exp_avg_sq", r, dtype)
-        gradient = gradient.to(exp_avg.device)
-        direction = adamw_direction_(gradient, exp_avg, exp_avg_sq, int(state["step"]), group["betas"], group["eps"])
-        form.exp_avg.write_(state, "exp_avg", exp_avg)
-        form.exp_avg_sq.write_(state, "exp_avg_sq", exp_avg_sq)
+    def _direction(self, state: MatrixState, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """N, computed where the moments lie."""
+        home = state[self._formats.exp_avg.keys("exp_avg")[0]]
+        assert isinstance(home, Tensor)
+        gradient = gradient.to(home.device)
+        direction = kept_direction_(self._formats, state, gradient, int(state["step"]), group["betas"], group["eps"])
         return direction.to(self._device)
 
     def _lift_view(self, a: Tensor, direction: Tensor, basis: Tensor, step_size: float, keep: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_lowrank.kernels import fused
 from ds_lowrank.states.blocks import count
 from ds_lowrank.states.dynamic import dequantise, quantise, zero_code
 from ds_lowrank.states.linear import dequantise_linear, quantise_linear
@@ -126,9 +127,17 @@ class Dynamic(Format):
         }
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        if fused(x):
+            from ds_lowrank.kernels import triton_blocks
+
+            return triton_blocks.quantise(x, self.signed)
         return quantise(x, self.signed)
 
     def decode(self, stored: Sequence[Tensor], r: int, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        if fused(*stored):
+            from ds_lowrank.kernels import triton_blocks
+
+            return triton_blocks.dequantise(stored[0], stored[1], self.signed).to(dtype)
         return dequantise(stored[0], stored[1], self.signed).to(dtype)
 
 
@@ -156,6 +165,10 @@ class Linear(Format):
         return quantise_linear(x, self._bits)
 
     def decode(self, stored: Sequence[Tensor], r: int, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        if fused(*stored):
+            from ds_lowrank.kernels import triton_blocks
+
+            return triton_blocks.dequantise_linear(stored[0], stored[1], self._bits, r).to(dtype)
         return dequantise_linear(stored[0], stored[1], self._bits, r).to(dtype)
 
 
