@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from harness import Run, start, whole
+from low_bit import LowBitReference
 from storage import state_bytes
 from torch import Tensor, nn
 
@@ -52,6 +53,7 @@ class Case:
         layers: how often the shapes are repeated; 5 divides by none of 2, 3, 4 ranks, so matrices are cut.
         rank: r.
         selection, moments, gap, wave_size, proj_type, shard_projection: options of the optimizer.
+        state_dtype, basis_dtype: of the optimizer; the reference rounds what it keeps to them.
         steps: optimizer steps.
         accumulation: micro-steps a step.
         clip: gradient norm.
@@ -76,6 +78,8 @@ class Case:
     wave_size: int = 4
     proj_type: str = "std"
     shard_projection: bool = True
+    state_dtype: str = "fp32"
+    basis_dtype: str = "fp32"
     steps: int = 10
     accumulation: int = 2
     clip: float = 0.3
@@ -106,6 +110,8 @@ class Case:
             "proj_type": self.proj_type,
             "wave_size": self.wave_size,
             "shard_projection": self.shard_projection,
+            "state_dtype": self.state_dtype,
+            "basis_dtype": self.basis_dtype,
             "seed": 3,
             "gram_dtype": "float64",
             "lr": 0.02,
@@ -246,7 +252,7 @@ class Follower:
         projected = {s.parameter for s in self.specs}
         views.update({n: w for n, w in self.weights.items() if n not in projected})
         options = case.options
-        self.reference = Reference(
+        self.reference = LowBitReference(
             views,
             {s.name: s.rank for s in self.specs},
             lr=options["lr"],
@@ -258,6 +264,7 @@ class Follower:
             moments=case.moments,
             side=case.proj_type,
             seed=options["seed"],
+            formats=optimizer.formats,
         )
         # The vector has no decay in the groups either.
         self.undecayed = {n for n, w in self.weights.items() if w.ndim < 2}
@@ -356,10 +363,9 @@ def _agree(optimizer: LowRankAdamW, reference: Reference | None) -> tuple[bool, 
     """
     states: dict[str, Any] = optimizer.state[STATE_KEY]  # type: ignore[index]
     mine: dict[str, Any] = {}
-    kept = {n: s["basis"] for n, s in states.items() if "basis" in s}
     plans = [p for p in optimizer.plans if p.name in states]
     plans = [p for p in plans if p.shared] + [p for p in plans if not p.shared]
-    for plan, basis in zip(plans, Bases(optimizer.comm).stream(plans, kept)):
+    for plan, basis in zip(plans, Bases(optimizer.comm, optimizer.formats.basis).stream(plans, states)):
         state = states[plan.name]
         if basis is not None:
             mine[plan.name] = (state["indices"].tolist(), state["refreshes"], state["step"], basis.cpu())

@@ -76,11 +76,12 @@ def measure(layout: str, rank: int) -> dict[str, int]:
     optimizer = run.optimizer
     low = optimizer.state[STATE_KEY]  # type: ignore[index]
     full = {k: v for k, v in optimizer.state.items() if k != STATE_KEY}
-    moments = {n: {k: s[k] for k in s if "exp_avg" in k} for n, s in low.items()}
+    moments = {n: {k: s[k] for k in s if k.startswith("exp_avg")} for n, s in low.items()}
+    bases = {n: {k: s[k] for k in s if k.split("_")[0] == "basis" and k != "basis_row"} for n, s in low.items()}
     held = [optimizer.layout.weight(name).numel() for name in optimizer.layout.pieces]
     result = {
         "low-rank moments": state_bytes(moments),
-        "bases": state_bytes({n: s["basis"] for n, s in low.items() if "basis" in s}),
+        "bases": state_bytes(bases),
         "low-rank state": state_bytes(low),
         "full-rank moments": state_bytes(full),
         "total": state_bytes(dict(optimizer.state)),

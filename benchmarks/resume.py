@@ -226,23 +226,22 @@ def whole_state(optimizer: LowRankAdamW) -> dict[str, Any]:
     for rank in optimizer.comm.gather_objects(counters):
         found.update({f"{name} step": torch.tensor(value) for name, value in rank.items()})
     states: dict[str, Any] = optimizer.state[STATE_KEY]  # type: ignore[index]
-    shapes = {p.name: (p.long, p.short, p.rank) for p in optimizer.plans}
+    plans = {p.name: p for p in optimizer.plans}
+    covered: dict[str, Tensor] = {}
     for rank in optimizer.comm.gather_objects(states):
         for name, state in rank.items():
-            long, short, r = shapes[name]
-            for key, place, size in (
-                ("exp_avg", "row", long),
-                ("exp_avg_sq", "row", long),
-                ("basis", "basis_row", short),
-            ):
+            plan = plans[name]
+            for key, rows in optimizer.formats.rows(plan.rank, plan.dtype).items():
                 if key in state:
-                    target = found.setdefault(
-                        f"{name} {key}", torch.full((size, r), float("nan"), dtype=state[key].dtype)
-                    )
-                    target[state[place] : state[place] + state[key].shape[0]] = state[key]
+                    place, size = ("basis_row", plan.short) if rows.of == "basis" else ("row", plan.long)
+                    target = found.setdefault(f"{name} {key}", torch.zeros(size, rows.width, dtype=rows.dtype))
+                    start, stop = state[place], state[place] + state[key].shape[0]
+                    target[start:stop] = state[key]
+                    covered.setdefault(f"{name} {key}", torch.zeros(size, dtype=torch.bool))[start:stop] = True
             for key in ("step", "refreshes", "indices", "overlaps"):
                 if key in state:
                     found[f"{name} {key}"] = torch.as_tensor(state[key]).clone()
+    assert all(rows.all() for rows in covered.values()), "rows of a state are on no rank"
     return found
 
 

@@ -96,7 +96,7 @@ def own_entries(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[s
     Args:
         entries: parameter -> what a state dict has for it.
     """
-    own = {name: entry for name, entry in entries.items() if "basis" in entry and "refreshes" in entry}
+    own = {name: entry for name, entry in entries.items() if "indices" in entry and "refreshes" in entry}
     if len(own) < len(entries):
         name = next(n for n in entries if n not in own)
         logger.warning(

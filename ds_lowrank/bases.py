@@ -1,14 +1,21 @@
-"""Bases that lie in slices on several ranks: sent to their keepers after a refresh, joined just ahead of their use."""
+"""Bases that lie in slices on several ranks: sent to their keepers after a refresh, joined just ahead of their use.
+
+A new basis travels as it was computed; its keepers round their rows to the format in which bases are kept, each row by
+itself. What is joined is what is kept, and every rank decodes it: the same basis, bit by bit, wherever it is used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_lowrank.comm import Comm, Pending, done
+from ds_lowrank.comm import Comm, Pending
 from ds_lowrank.plan import MatrixPlan
+from ds_lowrank.states.formats import Format
+from ds_lowrank.states.packing import pack, unpack
 
 
 class Bases:
@@ -16,10 +23,12 @@ class Bases:
 
     Args:
         comm: the collectives.
+        format: how they are kept.
     """
 
-    def __init__(self, comm: Comm):
+    def __init__(self, comm: Comm, format: Format):
         self._comm = comm
+        self._format = format
         self._rank = comm.ranks.rank
         self._mates = comm.ranks.mates
         self._everyone = range(comm.ranks.size)
@@ -51,53 +60,62 @@ class Bases:
         for plan in plans:
             # Whoever keeps all of a basis gets it in slices too, joined once: a broadcast that uses every link evenly.
             if not plan.spread and len(plan.witnesses) > 1:
-                whole = self._join(plan, found.pop(plan.name, None)).wait()
+                whole = self._join(plan, found.pop(plan.name, None), plan.rank, plan.dtype).wait()
                 if whole is not None:
                     found[plan.name] = whole
         return found
 
-    def stream(self, plans: Sequence[MatrixPlan], kept: Mapping[str, Tensor]) -> Iterator[Tensor | None]:
+    def stream(self, plans: Sequence[MatrixPlan], states: Mapping[str, Mapping[str, Any]]) -> Iterator[Tensor | None]:
         """The whole basis of one matrix after the other, the next one on its way while one is used.
 
         Collective over the ranks of one copy of the model where bases are spread; the caller takes all of them.
 
         Args:
             plans: in the order of their use; those with a spread basis are the same on all ranks.
-            kept: name -> the rows that this rank keeps.
+            states: name -> state, with the rows that this rank keeps.
 
         Yields:
             short × r on the ranks' device; ``None`` where this rank computes no row of the matrix.
         """
-        ahead: list[Pending[Tensor | None]] = [self._start(plan, kept) for plan in plans[:1]]
+        ahead: list[Pending[Tensor | None]] = [self._start(plan, states) for plan in plans[:1]]
         for i in range(len(plans)):
             current = ahead.pop()
             if i + 1 < len(plans):
-                ahead.append(self._start(plans[i + 1], kept))
+                ahead.append(self._start(plans[i + 1], states))
             yield current.wait()
 
-    def _start(self, plan: MatrixPlan, kept: Mapping[str, Tensor]) -> Pending[Tensor | None]:
-        mine = kept.get(plan.name)
-        if plan.spread:
-            return self._join(plan, mine)
-        return done(None if mine is None else mine.to(self._comm.ranks.device))
+    def _start(self, plan: MatrixPlan, states: Mapping[str, Mapping[str, Any]]) -> Pending[Tensor | None]:
+        form, r, dtype = self._format, plan.rank, plan.dtype
+        found = [states[plan.name].get(key) for key in form.keys("basis")]
+        stored = [tensor.to(self._comm.ranks.device) for tensor in found if isinstance(tensor, Tensor)]
+        if not plan.spread:
+            return Pending(lambda: form.decode(stored, r, dtype) if stored else None)
+        rows = form.rows("basis", r, dtype).values()
+        joining = self._join(plan, pack(stored) if stored else None, sum(t.bytes for t in rows), torch.uint8)
 
-    def _join(self, plan: MatrixPlan, mine: Tensor | None) -> Pending[Tensor | None]:
-        """Whole basis on every rank that computes rows of the matrix, from the slices of its copy of the model."""
+        def decoded() -> Tensor | None:
+            whole = joining.wait()
+            return None if whole is None else form.decode(unpack(whole, rows), r, dtype)
+
+        return Pending(decoded)
+
+    def _join(self, plan: MatrixPlan, mine: Tensor | None, width: int, dtype: torch.dtype) -> Pending[Tensor | None]:
+        """Slices (rows × width) of one copy of the model, joined on every rank that computes rows of the matrix."""
         device = self._comm.ranks.device
-        counts = {k: (rows[1] - rows[0]) * plan.rank if (rows := plan.slices[k]) else 0 for k in self._mates}
-        part = torch.empty(0, dtype=plan.dtype, device=device) if mine is None else mine.reshape(-1).to(device)
+        counts = {k: (rows[1] - rows[0]) * width if (rows := plan.slices[k]) else 0 for k in self._mates}
+        part = torch.empty(0, dtype=dtype, device=device) if mine is None else mine.reshape(-1).to(device)
         takers = [k for k in self._mates if plan.shares[k] is not None]
         if takers == self._mates:
             gathering = self._comm.all_gather(part, list(counts.values()), "bases joined")
-            return Pending(lambda: torch.cat(gathering.wait()).view(plan.short, plan.rank))
+            return Pending(lambda: torch.cat(gathering.wait()).view(plan.short, width))
         # Few ranks need it: only they send and receive.
         taking = self._rank in takers
         send = [[part] if taking and k in takers else [] for k in self._everyone]
         receive = [counts[k] if taking and k in takers else 0 for k in self._everyone]
-        exchange = self._comm.exchange(send, receive, plan.dtype, "bases joined")
+        exchange = self._comm.exchange(send, receive, dtype, "bases joined")
 
         def joined() -> Tensor | None:
             slices = exchange.wait()
-            return torch.cat(slices).view(plan.short, plan.rank) if taking else None
+            return torch.cat(slices).view(plan.short, width) if taking else None
 
         return Pending(joined)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_lowrank.full_rank import MOMENTS, new_state
 from ds_lowrank.layouts import LayoutError, Piece, local_tensors, write_parameter
 from ds_lowrank.layouts.zero_files import optimizer_files, packed_state, tag_folder
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.param_groups import clean_name, named_weights
-from ds_lowrank.parameter_states import ROWS
 from ds_lowrank.pieces import DESCRIPTION_KEY
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState, tensor_of
@@ -99,7 +99,7 @@ def load_checkpoint(folder: str | Path | Source, model: nn.Module, optimizer: An
     try:
         source = open_checkpoint(folder) if isinstance(folder, (str, Path)) else folder
         named = named_weights(model)
-        fault = _weights_fault(source, inner, named, strict) or _matrices_fault(source, inner.plans)
+        fault = _weights_fault(source, inner, named, strict) or _matrices_fault(source, inner)
     except (ValueError, OSError) as error:
         fault = str(error)
     for rank, found in enumerate(inner.comm.gather_objects(fault, "checkpoint")):
@@ -198,7 +198,8 @@ def _weights_fault(source: Source, optimizer: LowRankAdamW, others: Mapping[str,
     return None
 
 
-def _matrices_fault(source: Source, plans: list[MatrixPlan]) -> str | None:
+def _matrices_fault(source: Source, optimizer: LowRankAdamW) -> str | None:
+    plans, formats = optimizer.plans, optimizer.formats
     here = {plan.name for plan in plans}
     for name in source.matrices:
         if name not in here:
@@ -214,6 +215,8 @@ def _matrices_fault(source: Source, plans: list[MatrixPlan]) -> str | None:
                 f"{plan.name} {plan.shape} was projected to rank {saved.rank} and is to rank {plan.rank} here: use the "
                 "same rank and rank_pattern"
             )
+        if saved.formats.names != formats.names:
+            return f"{plan.name} {plan.shape} {formats.differ(*saved.formats.names)}"
     return None
 
 
@@ -261,13 +264,10 @@ def _load_full_rank(source: Source, optimizer: LowRankAdamW) -> None:
         tensor, offset = layout.place(name)
         state = optimizer.state[tensor]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
+            state.update(new_state(tensor, optimizer.formats.state_dtype))
         # A flat buffer has one counter for all that lies in it.
         state["step"].fill_(max(float(state["step"]), steps))
-        for moment in (
-            ("exp_avg", "exp_avg_sq") if here else ()
-        ):  # DTensors have a state on ranks that hold nothing, too
+        for moment in MOMENTS if here else ():  # DTensors have a state on ranks that hold nothing, too
             found = _piece(source, name, moment, layout.pieces[name], shapes[name])
             flat = local_tensors([state[moment]])[0].view(-1)
             flat[offset : offset + found.numel()].copy_(found)
@@ -283,9 +283,9 @@ def _matrix_state(source: Source, optimizer: LowRankAdamW, plan: MatrixPlan) -> 
     for key in ("indices", "overlaps"):
         if key in state:
             tensor_of(state, key).copy_(numbers[key])
-    for key, at in zip(ROWS, ("row", "row", "basis_row")):
-        if key in state:
-            tensor, first = tensor_of(state, key), int(state[at])
+    if "row" in state:
+        for key, rows in optimizer.formats.rows(plan.rank, plan.dtype).items():
+            tensor, first = tensor_of(state, key), int(state["basis_row" if rows.of == "basis" else "row"])
             tensor.copy_(source.rows(plan.name, key, first, first + tensor.shape[0]))
     return state
 

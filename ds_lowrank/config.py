@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_lowrank.states.formats import BASIS_DTYPES, STATE_DTYPES
 from ds_lowrank.subspace.basis import MOMENT_POLICIES
 from ds_lowrank.subspace.selection import SELECTIONS
 from ds_lowrank.subspace.sides import PROJ_TYPES
@@ -40,6 +41,9 @@ class LowRankConfig:
         shard_projection: ranks that share a matrix keep a part of its basis each and join it ahead of each use
             (True), or all of it (False).
         gram_dtype: ``float32``, ``float64``, or ``auto``: float64 on a CPU, float32 elsewhere.
+        state_dtype: how moments are kept: ``fp32`` (float64 for float64 weights), ``bf16``, or ``int8``: codes in
+            blocks of 64 within a row, with a scale each; moments of other parameters are in bf16 then.
+        basis_dtype: how bases are kept: ``fp32``, ``bf16``, ``int8``, or ``int4``.
         layerwise: step in the backward pass and free each gradient at once (FSDP2, DDP, one process; no clipping of
             the gradient norm, which would need all gradients).
         accumulation_steps: backward passes a step, read by ``layerwise`` only; the Trainer's are taken there.
@@ -63,6 +67,8 @@ class LowRankConfig:
     wave_size: int = 8
     shard_projection: bool = True
     gram_dtype: str = "auto"
+    state_dtype: str = "fp32"
+    basis_dtype: str = "fp32"
     layerwise: bool = False
     accumulation_steps: int = 1
     lr: float | None = None
@@ -83,6 +89,8 @@ class LowRankConfig:
             ("selection", SELECTIONS),
             ("moments", MOMENT_POLICIES),
             ("gram_dtype", GRAM_DTYPES),
+            ("state_dtype", STATE_DTYPES),
+            ("basis_dtype", BASIS_DTYPES),
         ):
             _require_choice(option, getattr(self, option), allowed)
         for option in ("stagger", "shard_projection", "layerwise"):

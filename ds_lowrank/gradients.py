@@ -1,41 +1,57 @@
-"""What has to be true of the first gradients where the optimizer holds the model's own parameters."""
+"""Whether the gradients that arrive at the first step can be right: looked at once."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from ds_lowrank.comm import Comm
 from ds_lowrank.layouts import Layout, LayoutError, Member
 from ds_lowrank.plan import check_equal
 
-NO_GRADIENT = (
-    "no parameter of the optimizer has a gradient: nothing moves. If the model was sharded (fully_shard) or replaced "
-    "after the optimizer was built, build the optimizer after it"
-)
+logger = logging.getLogger(__name__)
 
 
-def find_gradients(layout: Layout, comm: Comm, members: Sequence[Member], layerwise: bool) -> bool:
-    """Whether any parameter has a gradient; where ranks hold whole parameters, on any rank. Collective there.
+class GradientCheck:
+    """Ranks that hold whole parameters must have been given the same gradients, and some parameter must have one.
 
     Args:
         layout: how the parameters lie.
         comm: the collectives.
-        members: all parameters.
-        layerwise: gradients may be used up already.
-
-    Raises:
-        LayoutError: ranks that hold whole parameters have different gradients, or none at all.
+        layerwise: whether gradients are used, and freed, in the backward pass.
     """
-    found = any(m.parameter.grad is not None for m in members)  # a rank may hold no element, and a gradient
-    if not layout.dealt:
-        return found
-    everywhere = comm.gather_objects((found, layout.checksums("gradients")))
-    remedy = (
-        "nobody averages them. Wrap the model in DistributedDataParallel; with layerwise, call "
-        "ds_lowrank.describe(optimizer) before the first backward pass"
-    )
-    check_equal([checksums for _, checksums in everywhere], "gradients", remedy)
-    found = any(there for there, _ in everywhere)
-    if not found and not layerwise:
-        raise LayoutError(f"on {layout.kind}: {NO_GRADIENT}")
-    return found
+
+    def __init__(self, layout: Layout, comm: Comm, layerwise: bool):
+        self._layout, self._comm, self._layerwise = layout, comm, layerwise
+        self._done = not layout.steps_alone
+        self._warned = False
+
+    def run(self, members: Sequence[Member]) -> None:
+        """At each step; does nothing once gradients were seen. Collective under DDP.
+
+        Raises:
+            ds_lowrank.LayoutError: under DDP, when ranks have different gradients, or none has one.
+        """
+        if self._done:
+            return
+        found = any(m.parameter.grad is not None for m in members)  # a rank may hold no element, and a gradient
+        if self._layout.dealt:
+            everywhere = self._comm.gather_objects((found, self._layout.checksums("gradients")))
+            found = any(there for there, _ in everywhere)
+            remedy = (
+                "nobody averages them. Wrap the model in DistributedDataParallel; with layerwise, call "
+                "ds_lowrank.describe(optimizer) before the first backward pass"
+            )
+            check_equal([checksums for _, checksums in everywhere], "gradients", remedy)
+            if not found and not self._layerwise:
+                raise LayoutError(
+                    "no parameter of the optimizer has a gradient on any rank: nothing would move. If the model was "
+                    "sharded (fully_shard) or replaced after the optimizer was built, build the optimizer after it"
+                )
+        self._done = found or self._layerwise
+        if not self._done and not self._warned:
+            self._warned = True
+            logger.warning(
+                "step() was called and no parameter of the optimizer has a gradient: nothing moves. If the model was "
+                "sharded (fully_shard) or replaced after the optimizer was built, build the optimizer after it"
+            )

@@ -22,9 +22,9 @@ def describe_checkpoint(folder: str | Path) -> dict[str, Any]:
     Returns:
         ``folder``; ``layout`` and ``ranks`` that wrote it (``None`` where it does not say); ``step`` of the Trainer or
         of the optimizer; ``complete``: whether its marker is there (files are not hashed); ``file_bytes``;
-        ``weights``, ``low_rank_bytes``, ``adamw_bytes`` (moments; fp32); ``matrices``: a list of ``name``, ``shape``
-        (m, n), ``rank``, ``step``, ``refreshes``, ``bytes``, ``overlaps`` with the basis before, oldest first;
-        ``full_rank``: a list of ``name``, ``shape``.
+        ``weights``, ``low_rank_bytes``, ``adamw_bytes`` (moments); ``state_dtype``, ``basis_dtype`` (``None`` without
+        low-rank states); ``matrices``: a list of ``name``, ``shape`` (m, n), ``rank``, ``step``, ``refreshes``,
+        ``bytes``, ``overlaps`` with the basis before, oldest first; ``full_rank``: a list of ``name``, ``shape``.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`ds_lowrank.open_checkpoint`.
@@ -45,6 +45,7 @@ def describe_checkpoint(folder: str | Path) -> dict[str, Any]:
             }
         )
     full_rank = source.full_rank()
+    formats = next((saved.formats.names for saved in source.matrices.values()), None)
     step = trainer_step(folder)
     return {
         "folder": str(folder),
@@ -55,7 +56,9 @@ def describe_checkpoint(folder: str | Path) -> dict[str, Any]:
         "file_bytes": sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()),
         "weights": sum(math.prod(shape) for shape in source.parameters().values()),
         "low_rank_bytes": sum(m["bytes"] for m in matrices),
-        "adamw_bytes": sum(8 * math.prod(shape) for shape in full_rank.values()),
+        "adamw_bytes": sum(2 * math.prod(s) * source.moment_dtype(n).itemsize for n, s in full_rank.items()),
+        "state_dtype": formats and formats[0],
+        "basis_dtype": formats and formats[1],
         "matrices": matrices,
         "full_rank": [{"name": name, "shape": list(shape)} for name, shape in full_rank.items()],
     }

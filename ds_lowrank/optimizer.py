@@ -14,8 +14,8 @@ from torch import Tensor
 from ds_lowrank.adopt import adopt_states, check_entries, check_names, own_entries
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
-from ds_lowrank.full_rank import ensure_full_rank, step_full_rank
-from ds_lowrank.gradients import NO_GRADIENT, find_gradients
+from ds_lowrank.full_rank import MOMENTS, ensure_full_rank, step_full_rank
+from ds_lowrank.gradients import GradientCheck
 from ds_lowrank.layerwise import Layerwise
 from ds_lowrank.layouts import (
     Layout,
@@ -31,6 +31,7 @@ from ds_lowrank.pieces import DESCRIPTION_KEY, STATE_KEY, describe_pieces
 from ds_lowrank.plan import MatrixPlan, make_plan
 from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats, gram_dtype_on
 from ds_lowrank.specs import LOWRANK_KEYS, MatrixSpec, make_specs
+from ds_lowrank.states.formats import Formats
 from ds_lowrank.step import LowRankStep
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         shard_projection: ranks that share a matrix keep a part of its basis each and join it ahead of each use
             (True), or all of it (False).
         gram_dtype: ``float32``, ``float64``, or ``auto``: float64 on a CPU, float32 elsewhere.
+        state_dtype: how moments are kept: ``fp32``, ``bf16`` or ``int8``; see :mod:`ds_lowrank.states`.
+        basis_dtype: how bases are kept: ``fp32``, ``bf16``, ``int8`` or ``int4``.
         layerwise: step in the backward pass and free each gradient as soon as it is used (FSDP2, DDP, one process).
             Call :meth:`ensure_state` before the first backward pass. The norm of all gradients cannot be clipped then.
         accumulation_steps: backward passes a step; read with ``layerwise`` only.
@@ -107,6 +110,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         wave_size: int = 8,
         shard_projection: bool = True,
         gram_dtype: str = "auto",
+        state_dtype: str = "fp32",
+        basis_dtype: str = "fp32",
         layerwise: bool = False,
         accumulation_steps: int = 1,
     ):
@@ -124,9 +129,12 @@ class LowRankAdamW(torch.optim.Optimizer):
             wave_size=wave_size,
             shard_projection=shard_projection,
             gram_dtype=gram_dtype,
+            state_dtype=state_dtype,
+            basis_dtype=basis_dtype,
             layerwise=layerwise,
             accumulation_steps=accumulation_steps,
         )
+        self.formats = Formats(state_dtype, basis_dtype)
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         # Sharding frameworks replace a group's params by flat buffers, cut the list of groups during a step and
         # replace the group dicts on a load. What belongs to the user's parameters is therefore kept here, by name.
@@ -143,8 +151,6 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._stepper: LowRankStep | None = None
         self._refresher: Refresher | None = None
         self._layerwise: Layerwise | None = None
-        self._gradients_checked = False
-        self._warned = False
         self._complete: dict[str, MatrixState] | None = None  # the states that need no further look
         self._to_adopt: dict[str, Any] = {}  # entries of a loaded state, by parameter
         self._consolidated: dict[str, dict[str, Tensor]] | None = None  # until the next step
@@ -264,7 +270,8 @@ class LowRankAdamW(torch.optim.Optimizer):
                     states[plan.name] = state
         if self._layout.by_parameter:  # torch's checkpoints want them all, on all ranks
             projected = {plan.parameter for plan in self._plans}
-            ensure_full_rank([m.parameter for m in self._members if m.name not in projected], self.state)
+            rest = [m.parameter for m in self._members if m.name not in projected]
+            ensure_full_rank(rest, self.state, self.formats.state_dtype)
 
     def _adopt_loaded(self, states: dict[str, MatrixState]) -> None:
         assert self._stepper is not None
@@ -307,20 +314,28 @@ class LowRankAdamW(torch.optim.Optimizer):
             shard_projection=config.shard_projection,
             options=repr((config, scales)),
         )
+        for plan in self._plans:
+            self.formats.check(plan.weight_dtype, plan.name)
         self._refresher = Refresher(
-            comm, config.selection, config.moments, config.seed, gram_dtype_on(config.gram_dtype, layout.ranks.device)
+            comm,
+            config.selection,
+            config.moments,
+            config.seed,
+            gram_dtype_on(config.gram_dtype, layout.ranks.device),
+            self.formats,
         )
-        self._stepper = LowRankStep(layout, comm, self._refresher)
+        self._stepper = LowRankStep(layout, comm, self._refresher, self.formats)
         rank = layout.ranks.rank
         self._stateful = [p for p in self._plans if p.shared or p.shares[rank] is not None]
         if layout.by_parameter:
             self._parameter_states = ParameterStates(
-                cast(ParameterLayout, layout), comm, self._plans, self._stepper.new_state
+                cast(ParameterLayout, layout), comm, self._plans, self._stepper.new_state, self.formats
             )
         self._members = members
         self._group_of = {m.name: m.group for m in members}
         self._comm = comm
         self._layout = layout
+        self._gradients = GradientCheck(layout, comm, config.layerwise)
         if config.layerwise:
             self._layerwise = self._step_in_backward(layout, self._stepper)
 
@@ -340,7 +355,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             self._adopted_states,
             lambda: dict(enumerate(self._all_groups)),
             lambda name, parameter: step_full_rank(
-                {**self._all_groups[self._group_of[name]], "params": [parameter]}, self.state
+                {**self._all_groups[self._group_of[name]], "params": [parameter]}, self.state, self.formats.state_dtype
             ),
             average,
             self.config.wave_size,
@@ -421,6 +436,10 @@ class LowRankAdamW(torch.optim.Optimizer):
             state_dict = {**state_dict, "state": {k: v for k, v in state.items() if k not in taken}}
         super().load_state_dict(state_dict)
         self._to_adopt = loaded
+        for key, tensor in zip(ids, (p for group in self.param_groups for p in group["params"])):
+            for moment in MOMENTS:  # torch's loader has cast them, too
+                if moment in state_dict["state"].get(key, {}):
+                    self.state[tensor][moment] = state_dict["state"][key][moment].to(tensor.device)
 
     # -- step -----------------------------------------------------------------------------------------------------
 
@@ -442,7 +461,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         assert self._stepper is not None
         assert self._layout is not None
         self._consolidated = None
-        self._check_gradients()
+        self._gradients.run(self._members)
         frozen = {m.name for m in self._members if not m.parameter.requires_grad}
         stepping: set[str] = set()
         groups: dict[int, dict[str, Any]] = {}
@@ -454,23 +473,12 @@ class LowRankAdamW(torch.optim.Optimizer):
                 stepping.update(name for name in names if name not in frozen)
                 groups[index] = group
             elif names:
-                step_full_rank(group, self.state)
+                step_full_rank(group, self.state, self.formats.state_dtype)
         plans = [p for p in self._plans if p.parameter in stepping]
         if self._layerwise is not None:
             plans = self._layerwise.remaining(plans)
         self._stepper.run(plans, self.state[STATE_KEY], groups)  # type: ignore[index]
         return loss
-
-    def _check_gradients(self) -> None:
-        assert self._layout is not None
-        if self._gradients_checked or not self._layout.steps_alone:
-            return
-        layerwise = self._layerwise is not None
-        found = find_gradients(self._layout, self._comm, self._members, layerwise)
-        self._gradients_checked = found or layerwise
-        if not self._gradients_checked and not self._warned:
-            self._warned = True
-            logger.warning("step() was called and %s", NO_GRADIENT)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; with ``layerwise`` also what was accumulated in their place."""

@@ -17,9 +17,9 @@ from ds_lowrank.comm import Comm
 from ds_lowrank.layouts import ParameterLayout
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState, tensor_of
+from ds_lowrank.states.formats import Formats, Rows, saved_formats
+from ds_lowrank.states.packing import pack
 
-# What has rows: of A, or of the basis.
-ROWS = ("exp_avg", "exp_avg_sq", "basis")
 NUMBERS = ("step", "refreshes", "left", "indices", "overlaps")
 
 # For each rank the rows [start, stop) that it has.
@@ -29,7 +29,7 @@ Spans = list[tuple[int, int] | None]
 class ParameterStates:
     """Turns the states of matrices into entries of a ``state_dict``, by parameter, and back.
 
-    An entry has ``exp_avg``, ``exp_avg_sq`` (long × r) and ``basis`` (short × r) in the dtype of the states,
+    An entry has ``exp_avg``, ``exp_avg_sq`` (long × r) and ``basis`` (short × r) under the keys of their formats,
     ``indices`` (r, int32), ``overlaps`` (``HISTORY``, float32), ``step``, ``refreshes`` and ``left`` (int64 numbers as
     tensors). Those of stacked matrices have one more dimension in front.
 
@@ -38,6 +38,7 @@ class ParameterStates:
         comm: the collectives.
         plans: of all projected matrices.
         new_state: see :meth:`ds_lowrank.step.LowRankStep.new_state`.
+        formats: how moments and bases are kept.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class ParameterStates:
         comm: Comm,
         plans: Sequence[MatrixPlan],
         new_state: Callable[[MatrixPlan], MatrixState | None],
+        formats: Formats,
     ):
         self._layout = layout
         self._comm = comm
         self._rank = comm.ranks.rank
         self._new_state = new_state
+        self._formats = formats
         self._plans: dict[str, list[MatrixPlan]] = {}
         for plan in plans:
             self._plans.setdefault(plan.parameter, []).append(plan)
@@ -121,19 +124,19 @@ class ParameterStates:
         device = self._home(plans[0], states) if takers is None else torch.device("cpu")
         # Experts that are dealt out whole are one chunk of the stack on each rank.
         local = [p for p in plans if p.shares[self._rank] is not None] if apart else plans
-        rows = {key: [] for key in ROWS}  # type: dict[str, list[Tensor]]
+        tensors = self._tensors(plans[0])
+        rows: dict[str, list[Tensor]] = {key: [] for key in tensors}
         for plan in local:
             held = self._held(plan, states.get(plan.name, {}))
             if not apart:
                 held = self._move(plan, held, self._kept(plan), self._wanted(plan, takers))
-            for key in ROWS:
+            for key in tensors:
                 rows[key].append(held[key].to(device))
         entry: dict[str, Tensor] = {}
-        for key in ROWS:
-            length = plans[0].short if key == "basis" else plans[0].long
-            whole = (len(plans),) * stacked + (length, plans[0].rank)
+        for key, kept in tensors.items():
+            whole = (len(plans),) * stacked + (_length(plans[0], kept), kept.width)
             if apart and not local:
-                part = torch.zeros(0, *whole[1:], dtype=plans[0].dtype, device=device)
+                part = torch.zeros(0, *whole[1:], dtype=kept.dtype, device=device)
             else:
                 part = torch.stack(rows[key]) if stacked else rows[key][0]
             entry[key] = (
@@ -146,29 +149,34 @@ class ParameterStates:
         return entry
 
     def _home(self, plan: MatrixPlan, states: Mapping[str, MatrixState]) -> torch.device:
-        basis = states.get(plan.name, {}).get("basis")
-        if isinstance(basis, Tensor):
-            return basis.device
+        for key in self._formats.basis.keys("basis"):
+            basis = states.get(plan.name, {}).get(key)
+            if isinstance(basis, Tensor):
+                return basis.device
         return self._layout.place(plan.parameter)[0].device
 
     def _held(self, plan: MatrixPlan, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """What this rank contributes: its rows, and of a basis that it keeps whole only its slice of rows."""
-        if "basis" not in state:
-            return {key: torch.zeros(0, plan.rank, dtype=plan.dtype) for key in ROWS}
-        held = {key: state[key] for key in ROWS}
+        tensors = self._tensors(plan)
+        if "row" not in state:
+            return {key: torch.zeros(0, kept.width, dtype=kept.dtype) for key, kept in tensors.items()}
+        held = {key: state[key] for key in tensors}
         mine = plan.slices[self._rank]
         if not plan.spread and mine is not None:
-            held["basis"] = held["basis"][slice(*mine)]
+            held.update({key: held[key][slice(*mine)] for key in self._formats.basis.keys("basis")})
         return held
+
+    def _tensors(self, plan: MatrixPlan) -> dict[str, Rows]:
+        return self._formats.rows(plan.rank, plan.dtype)
 
     def _kept(self, plan: MatrixPlan) -> dict[str, Spans]:
         rows: Spans = [None if share is None else (share.start, share.stop) for share in plan.shares]
-        return {"exp_avg": rows, "exp_avg_sq": rows, "basis": list(plan.slices)}
+        return {key: list(plan.slices) if kept.of == "basis" else rows for key, kept in self._tensors(plan).items()}
 
     def _wanted(self, plan: MatrixPlan, takers: Sequence[int] | None) -> dict[str, Spans]:
+        lengths = {key: _length(plan, kept) for key, kept in self._tensors(plan).items()}
         if takers is None:
-            return {key: self._chunks(plan.short if key == "basis" else plan.long) for key in ROWS}
-        lengths = {key: plan.short if key == "basis" else plan.long for key in ROWS}
+            return {key: self._chunks(n) for key, n in lengths.items()}
         return {key: [(0, n) if k in takers else None for k in range(len(plan.copy))] for key, n in lengths.items()}
 
     def _chunks(self, length: int) -> Spans:
@@ -184,8 +192,9 @@ class ParameterStates:
         self, plan: MatrixPlan, held: Mapping[str, Tensor], have: Mapping[str, Spans], want: Mapping[str, Spans]
     ) -> dict[str, Tensor]:
         """Rows of one matrix from where they are to where they are wanted, within each copy of the model."""
-        if all(_same(have[key], want[key]) for key in ROWS):
+        if all(_same(have[key], want[key]) for key in have):
             return dict(held)
+        tensors = self._tensors(plan)
         everyone, copy, rank = range(len(plan.copy)), plan.copy, self._rank
 
         def common(source: int, target: int, key: str) -> tuple[int, int]:
@@ -197,25 +206,25 @@ class ParameterStates:
         send = []
         for target in everyone:
             parts = []
-            for key in ROWS:
+            for key in tensors:
                 start, stop = common(rank, target, key)
                 if start < stop:
                     first = have[key][rank][0]  # type: ignore[index]
-                    parts.append(held[key][start - first : stop - first])
+                    parts.append(pack([held[key][start - first : stop - first]]))
             send.append(parts)
-        spans = [[(key, *common(source, rank, key)) for key in ROWS] for source in everyone]
-        sizes = [[(stop - start) * plan.rank for _, start, stop in found] for found in spans]
-        arrived = self._comm.exchange(send, [sum(s) for s in sizes], plan.dtype, "checkpoint").wait()
+        spans = [[(key, *common(source, rank, key)) for key in tensors] for source in everyone]
+        sizes = [[(stop - start) * tensors[key].bytes for key, start, stop in found] for found in spans]
+        arrived = self._comm.exchange(send, [sum(s) for s in sizes], torch.uint8, "checkpoint").wait()
         moved: dict[str, Tensor] = {}
-        for key in ROWS:
+        for key, kept in tensors.items():
             span = want[key][rank] or (0, 0)
-            moved[key] = torch.zeros(span[1] - span[0], plan.rank, dtype=plan.dtype, device=self._comm.ranks.device)
+            moved[key] = torch.zeros(span[1] - span[0], kept.bytes, dtype=torch.uint8, device=self._comm.ranks.device)
         for found, size, values in zip(spans, sizes, arrived):
             for (key, start, stop), part in zip(found, values.split(size)):
                 if start < stop:
                     first = want[key][rank][0]  # type: ignore[index]
-                    moved[key][start - first : stop - first] = part.view(stop - start, plan.rank)
-        return moved
+                    moved[key][start - first : stop - first] = part.view(stop - start, tensors[key].bytes)
+        return {key: raw.view(tensors[key].dtype) for key, raw in moved.items()}
 
     # -- loading --------------------------------------------------------------------------------------------------
 
@@ -224,17 +233,21 @@ class ParameterStates:
             return f"it has {parameter!r}, which is no projected parameter here"
         plans = self._plans[parameter]
         first, stacked = plans[0], plans[0].index is not None
-        missing = [key for key in (*ROWS, *NUMBERS) if not isinstance(entry.get(key), Tensor)]
+        tensors = self._tensors(first)
+        saved = saved_formats({key: value.dtype for key, value in entry.items() if isinstance(value, Tensor)})
+        if saved is not None and saved != self._formats.names:
+            return f"{parameter} {first.shape} {self._formats.differ(*saved)}"
+        missing = [key for key in (*tensors, *NUMBERS) if not isinstance(entry.get(key), Tensor)]
         if missing:
             return f"{parameter} {first.shape} has no {missing[0]}"
         if bool((entry["left"] != int(first.side == "left")).any()):
             return f"{parameter} {first.shape} was projected on its other side: resume with the same proj_type"
-        for key in ROWS:
-            expected = (len(plans),) * stacked + (first.short if key == "basis" else first.long, first.rank)
-            if tuple(entry[key].shape) != expected or entry[key].dtype != first.dtype:
+        for key, kept in tensors.items():
+            expected = (len(plans),) * stacked + (_length(first, kept), kept.width)
+            if tuple(entry[key].shape) != expected or entry[key].dtype != kept.dtype:
                 return (
                     f"{key} of {parameter} {first.shape} is {tuple(entry[key].shape)} {entry[key].dtype}, "
-                    f"not {expected} {first.dtype}: resume with the same rank, proj_type and precision"
+                    f"not {expected} {kept.dtype}: resume with the same rank, proj_type and precision"
                 )
         return None
 
@@ -242,8 +255,9 @@ class ParameterStates:
         stacked = plans[0].index is not None
         apart = stacked and self._layout.shard_dim(plans[0].parameter) == 0
         here = [p.name for p in plans if p.shares[self._rank] is not None]
-        rows = {key: self._layout.local(entry[key], int(stacked and not apart)) for key in ROWS}
-        whole = rows["basis"][1]
+        tensors = self._tensors(plans[0])
+        rows = {key: self._layout.local(entry[key], int(stacked and not apart)) for key in tensors}
+        whole = all(is_whole for _, is_whole in rows.values())
         states: dict[str, MatrixState] = {}
         for plan in plans:
             state = self._new_state(plan)
@@ -255,7 +269,7 @@ class ParameterStates:
                     local = {key: _rows(local[key], span[self._rank]) for key, span in self._needed(plan).items()}
                 elif not apart:
                     local = self._move(plan, local, self._wanted(plan, None), self._needed(plan))
-                for key in ROWS:
+                for key in tensors:
                     if state is not None and key in state:
                         tensor_of(state, key).copy_(local[key])
             if state is not None:
@@ -272,8 +286,13 @@ class ParameterStates:
         """Where rows are used: a basis that is not spread is needed whole."""
         kept = self._kept(plan)
         if not plan.spread:
-            kept["basis"] = [None if rows is None else (0, plan.short) for rows in plan.slices]
+            whole: Spans = [None if rows is None else (0, plan.short) for rows in plan.slices]
+            kept.update(dict.fromkeys(self._formats.basis.keys("basis"), whole))
         return kept
+
+
+def _length(plan: MatrixPlan, rows: Rows) -> int:
+    return plan.short if rows.of == "basis" else plan.long
 
 
 def _same(a: Spans, b: Spans) -> bool:

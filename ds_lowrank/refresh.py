@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_lowrank.bases import Bases
 from ds_lowrank.comm import Comm, Pending
 from ds_lowrank.plan import MatrixPlan
+from ds_lowrank.states.formats import Formats
 from ds_lowrank.subspace.basis import Basis, carry_moments_, draw_basis, overlap
 from ds_lowrank.subspace.project import gram
 
@@ -77,16 +78,18 @@ class Refresher:
         comm: the collectives.
         selection, moments, seed: see :class:`ds_lowrank.LowRankConfig`.
         gram_dtype: float32 or float64.
+        formats: how moments and bases are kept.
     """
 
-    def __init__(self, comm: Comm, selection: str, moments: str, seed: int, gram_dtype: torch.dtype):
+    def __init__(self, comm: Comm, selection: str, moments: str, seed: int, gram_dtype: torch.dtype, formats: Formats):
         self._comm = comm
+        self._formats = formats
         self._rank = comm.ranks.rank
         self._selection = selection
         self._moments = moments
         self._seed = seed
         self._gram_dtype = gram_dtype
-        self._bases = Bases(comm)
+        self._bases = Bases(comm, formats.basis)
         self._warned = False
         self.stats = RefreshStats()
 
@@ -114,7 +117,9 @@ class Refresher:
                 state = states[plan.name]
                 drawn = self._draw(plan, self._gram(plan, blocks), state)
                 if drawn is not None:
-                    self._install(plan, state, drawn.vectors, drawn.indices, self._cross_of_one(state, drawn))
+                    stored = self._formats.basis.encode(drawn.vectors)
+                    cross = self._cross(plan, state, stored) if _int(state, "refreshes") else None
+                    self._install(plan, state, stored, drawn.indices, cross)
         if shared:
             self._refresh_shared(shared, totals, states)
         self.stats.seconds += time.perf_counter() - start
@@ -155,21 +160,27 @@ class Refresher:
                 plan.shape,
             )
 
-    def _cross_of_one(self, state: MatrixState, drawn: Basis) -> Tensor | None:
-        """B_oldᵀ B_new of a matrix of which this rank keeps all."""
-        if not _int(state, "refreshes"):
-            return None
-        return tensor_of(state, "basis").to(drawn.vectors).mT @ drawn.vectors
+    def _cross(self, plan: MatrixPlan, state: MatrixState, stored: Sequence[Tensor]) -> Tensor:
+        """B_oldᵀ B_new of the rows that this rank keeps, both as they are used."""
+        new = self._formats.basis.decode(stored, plan.rank, plan.dtype)
+        return self._formats.basis.read(state, "basis", plan.rank, plan.dtype).to(new).mT @ new
 
     def _install(
-        self, plan: MatrixPlan, state: MatrixState, vectors: Tensor | None, indices: Tensor, cross: Tensor | None
+        self,
+        plan: MatrixPlan,
+        state: MatrixState,
+        stored: Sequence[Tensor] | None,
+        indices: Tensor,
+        cross: Tensor | None,
     ) -> None:
-        """Take over what is kept here of a new basis. ``vectors``: ``None`` where no row is computed."""
-        if vectors is not None:
-            if cross is not None:
-                exp_avg = tensor_of(state, "exp_avg")
+        """Take over what is kept here of a new basis. ``stored``: ``None`` where no row is computed."""
+        if stored is not None:
+            if cross is not None and self._moments != "keep":
+                moment = self._formats.exp_avg
+                exp_avg = moment.read(state, "exp_avg", plan.rank, plan.dtype)
                 carry_moments_(exp_avg, cross.to(exp_avg.device), self._moments)
-            tensor_of(state, "basis").copy_(vectors)
+                moment.write_(state, "exp_avg", exp_avg)
+            self._formats.basis.put_(state, "basis", stored)
             tensor_of(state, "indices").copy_(indices)
         if cross is not None and plan.owner == self._rank:
             turned = overlap(cross)
@@ -193,7 +204,7 @@ class Refresher:
         if not fresh:
             return
         vectors = {name: basis.vectors for name, basis in drawn.items() if basis is not None}
-        arrived = self._bases.scatter(fresh, vectors)
+        arrived = {n: self._formats.basis.encode(rows) for n, rows in self._bases.scatter(fresh, vectors).items()}
         crosses = self._sum_crosses([p for p in fresh if _int(states[p.name], "refreshes")], arrived, states)
         for plan in fresh:
             name = plan.name
@@ -259,16 +270,12 @@ class Refresher:
         return Pending(totals)
 
     def _sum_crosses(
-        self, plans: Sequence[MatrixPlan], fresh: Mapping[str, Tensor], states: Mapping[str, MatrixState]
+        self, plans: Sequence[MatrixPlan], fresh: Mapping[str, Sequence[Tensor]], states: Mapping[str, MatrixState]
     ) -> dict[str, Tensor]:
         """B_oldᵀ B_new (r × r) of every matrix, the sum of what the slices of rows contribute: on every rank that
         computes, if moments need it there, otherwise on the owner, which reports how far the subspace has turned.
         """
-        crosses = {
-            p.name: tensor_of(states[p.name], "basis").to(fresh[p.name]).mT @ fresh[p.name]
-            for p in plans
-            if p.name in fresh
-        }
+        crosses = {p.name: self._cross(p, states[p.name], fresh[p.name]) for p in plans if p.name in fresh}
         spread = [p for p in plans if p.spread]
         if not spread:
             return crosses

@@ -10,8 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ds_lowrank.full_rank import moment_dtype
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.plan import MatrixPlan
+from ds_lowrank.states.formats import Formats
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,13 @@ def make_report(optimizer: LowRankAdamW) -> Report:
     adamw = {m.name: layout.dtype(m.name).itemsize for m in optimizer.members}
     numel = {m.name: math.prod(m.shape) for m in optimizer.members}
     rest = [m for m in optimizer.members if m.name not in names]
-    low = [sum(_state_numel(p, k) * p.dtype.itemsize for p in plans) for k in range(ranks)]
+    low = [sum(_state_bytes(p, k, optimizer.formats) for p in plans) for k in range(ranks)]
     held = [sum(_held(p, k) * p.weight_dtype.itemsize for p in plans) for k in range(ranks)]
     # Full-rank parameters are cut evenly, whatever they are, but for layouts that cut nothing.
     over = 1 if layout.dealt else len(layout.ranks.mates)
-    full = -(-sum(2 * numel[m.name] * adamw[m.name] for m in rest) // over)
+    ours = optimizer.formats.state_dtype
+    kept = {m.name: moment_dtype(ours, layout.dtype(m.name)).itemsize for m in rest}
+    full, theirs = (-(-sum(2 * numel[m.name] * size[m.name] for m in rest) // over) for size in (kept, adamw))
     return Report(
         layout=layout.kind,
         ranks=ranks,
@@ -112,7 +116,7 @@ def make_report(optimizer: LowRankAdamW) -> Report:
         shared=sum(p.shared for p in plans),
         moved=sum(p.moves for p in plans),
         state_bytes=[state + full for state in low],
-        adamw_bytes=[2 * numel + full for numel in held],
+        adamw_bytes=[2 * count + theirs for count in held],
         gap=plans[0].gap,
         selection=optimizer.config.selection,
     )
@@ -147,9 +151,9 @@ def print_report(report: Report, console: Console | None = None, most_names: int
     )
 
 
-def _state_numel(plan: MatrixPlan, rank: int) -> int:
+def _state_bytes(plan: MatrixPlan, rank: int, formats: Formats) -> int:
     share = plan.shares[rank]
-    return 0 if share is None else (2 * share.rows + plan.kept(rank)) * plan.rank
+    return 0 if share is None else formats.bytes(share.rows, plan.kept(rank), plan.rank, plan.dtype)
 
 
 def _held(plan: MatrixPlan, rank: int) -> int:

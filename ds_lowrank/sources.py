@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ds_lowrank.layouts.zero_files import packed_state
-from ds_lowrank.parameter_states import ROWS
 from ds_lowrank.pieces import DESCRIPTION_KEY, STATE_KEY
+from ds_lowrank.states.formats import ROW_KEYS, Formats, saved_formats
 
 NUMBERS = ("step", "refreshes", "indices", "overlaps")
 
@@ -36,7 +36,8 @@ class SavedMatrix:
         index: which of the matrices stacked in it; ``None``: it is one.
         long, short, rank: of the moments (long × r) and the basis (short × r).
         left: whether A = Wᵀ.
-        dtype: of the moments.
+        formats: how moments and basis are kept.
+        dtype: that they are computed with.
     """
 
     parameter: str
@@ -45,12 +46,13 @@ class SavedMatrix:
     short: int
     rank: int
     left: bool
+    formats: Formats
     dtype: torch.dtype
 
     @property
     def bytes(self) -> int:
         """Of moments and basis."""
-        return (2 * self.long + self.short) * self.rank * self.dtype.itemsize
+        return self.formats.bytes(self.long, self.short, self.rank, self.dtype)
 
 
 class Source(Protocol):
@@ -74,6 +76,10 @@ class Source(Protocol):
         """Name -> shape of the parameters of which AdamW's moments are there."""
         ...
 
+    def moment_dtype(self, parameter: str) -> torch.dtype:
+        """Dtype of AdamW's moments of a parameter in :meth:`full_rank`."""
+        ...
+
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the weights."""
         ...
@@ -89,7 +95,7 @@ class Source(Protocol):
         ...
 
     def rows(self, matrix: str, key: str, start: int, stop: int) -> Tensor:
-        """Rows of ``exp_avg``, ``exp_avg_sq`` or ``basis``."""
+        """Rows of what its formats keep under ``key``."""
         ...
 
     def numbers(self, matrix: str) -> dict[str, Any]:
@@ -125,6 +131,15 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
 
 
+def _saved_formats(entry: Mapping[str, Any]) -> tuple[Formats, torch.dtype] | None:
+    """Formats of a matrix's state, and the dtype that it is computed with; ``None``: another optimizer's."""
+    dtypes = {key: entry[key].dtype for key in ROW_KEYS if key in entry}
+    names = saved_formats(dtypes)
+    if names is None:
+        return None
+    return Formats(*names), torch.float64 if torch.float64 in dtypes.values() else torch.float32
+
+
 class WholeSource:
     """A checkpoint whose tensors have global shapes: FSDP2, DDP, one process.
 
@@ -149,18 +164,24 @@ class WholeSource:
         self.others: Mapping[str, Tensor] = {}
         self.matrices: dict[str, SavedMatrix] = {}
         for parameter, entry in states.items():
-            if not all(key in entry for key in (*ROWS, *NUMBERS)):
+            found = _saved_formats(entry)
+            if found is None or not all(key in entry for key in NUMBERS):
                 continue
-            *stack, long, r = entry["exp_avg"].shape
-            short, left = entry["basis"].shape[-2], bool(self._state(parameter, "left").flatten()[0])
+            formats, dtype = found
+            *stack, long, r = entry[formats.exp_avg.keys("exp_avg")[0]].shape
+            short = entry[formats.basis.keys("basis")[0]].shape[-2]
+            left = bool(self._state(parameter, "left").flatten()[0])
             for e in range(stack[0]) if stack else [None]:
                 name = parameter if e is None else f"{parameter}[{e}]"
-                self.matrices[name] = SavedMatrix(parameter, e, long, short, r, left, entry["exp_avg"].dtype)
+                self.matrices[name] = SavedMatrix(parameter, e, long, short, r, left, formats, dtype)
 
     def full_rank(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
         projected = {saved.parameter for saved in self.matrices.values()}
         found = {n: e["exp_avg"] for n, e in self._states.items() if n not in projected and "exp_avg" in e}
         return {name: tuple(tensor.shape) for name, tensor in found.items()}
+
+    def moment_dtype(self, parameter: str) -> torch.dtype:  # noqa: D102
+        return self._states[parameter]["exp_avg"].dtype
 
     def parameters(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
         return {name: tuple(tensor.shape) for name, tensor in self._weights.items()}
@@ -230,12 +251,13 @@ class ZeroSource:
         self._shapes = {name: tuple(p["shape"]) for name, p in self._about[0]["parameters"].items()}
         self.matrices = {}
         for name, m in self._about[0]["matrices"].items():
-            kept = [s["exp_avg"] for k in range(self.ranks) if "exp_avg" in (s := self._low_rank(k).get(name, {}))]
-            if kept:
+            kept = [s for k in range(self.ranks) if "row" in (s := self._low_rank(k).get(name, {}))]
+            found = _saved_formats(kept[0]) if kept else None
+            if found is not None:
                 index = None if m["index"] < 0 else m["index"]
                 long, short = reversed(m["shape"]) if m["left"] else m["shape"]
                 left = bool(m["left"])
-                self.matrices[name] = SavedMatrix(m["parameter"], index, long, short, m["rank"], left, kept[0].dtype)
+                self.matrices[name] = SavedMatrix(m["parameter"], index, long, short, m["rank"], left, *found)
 
     def _low_rank(self, rank: int) -> dict[str, Any]:
         return self._packed[rank].get(STATE_KEY, {})
@@ -243,6 +265,11 @@ class ZeroSource:
     def full_rank(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
         projected = {saved.parameter for saved in self.matrices.values()}
         return {n: shape for n, shape in self._shapes.items() if n not in projected and self.counter(n) is not None}
+
+    def moment_dtype(self, parameter: str) -> torch.dtype:  # noqa: D102
+        found = self.elements(parameter, "exp_avg", 0, 1)
+        assert found is not None
+        return found.dtype
 
     def parameters(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
         return dict(self._shapes)
@@ -280,7 +307,7 @@ class ZeroSource:
     def rows(self, matrix: str, key: str, start: int, stop: int) -> Tensor:  # noqa: D102
         found: Tensor | None = None
         covered = torch.zeros(stop - start, dtype=torch.bool)  # a basis may be on several ranks
-        at = "basis_row" if key == "basis" else "row"
+        at = "basis_row" if key.startswith("basis") else "row"
         for rank in range(self.ranks):
             state = self._low_rank(rank).get(matrix, {})
             if key not in state:

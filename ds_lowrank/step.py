@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ds_lowrank.bases import Bases
 from ds_lowrank.comm import Comm, Pending, done
+from ds_lowrank.kernels.moments import kept_direction_
 from ds_lowrank.layouts.base import Layout
 from ds_lowrank.plan import MatrixPlan, Share
 from ds_lowrank.refresh import HISTORY, MatrixState, Refresher
 from ds_lowrank.rows import Blocks, Rows
-from ds_lowrank.rules.adamw import adamw_direction_
+from ds_lowrank.states.formats import Formats, saved_formats
 from ds_lowrank.subspace.project import lift_, project
 from ds_lowrank.subspace.schedule import is_due
 from ds_lowrank.subspace.sides import as_rows
@@ -36,14 +37,16 @@ class LowRankStep:
         layout: where weights and gradients lie.
         comm: the collectives.
         refresher: gives new bases.
+        formats: how moments and bases are kept.
     """
 
-    def __init__(self, layout: Layout, comm: Comm, refresher: Refresher):
+    def __init__(self, layout: Layout, comm: Comm, refresher: Refresher, formats: Formats):
         self._layout = layout
+        self._formats = formats
         self._rank = comm.ranks.rank
         self._device = comm.ranks.device
         self._rows = Rows(comm)
-        self._bases = Bases(comm)
+        self._bases = Bases(comm, formats.basis)
         self._refresher = refresher
         self._missing: dict[str, Tensor] = {}
         # Sums of projected gradients, see accumulate(); None where this rank computes no row.
@@ -53,19 +56,21 @@ class LowRankStep:
         """State of one matrix on this rank, ``None`` where this rank has no part in it.
 
         Keys: ``step`` (steps made; 0 until the first non-zero gradient), ``refreshes``; where rows are computed also
-        ``exp_avg``, ``exp_avg_sq`` (rows × r), ``basis`` (kept rows × r) in ``plan.dtype`` and ``indices`` (r,
-        int32), on the device of the weights, and where these lie in the whole: ``left`` (1 where A = Wᵀ), ``row`` (the
-        first of A), ``basis_row`` (the first of the basis). Of a shared matrix every rank keeps the first two. The
-        owner keeps ``overlaps`` (float32, the last ``HISTORY`` overlaps with the basis before, newest last, -1: none).
+        ``exp_avg``, ``exp_avg_sq`` (rows × r), ``basis`` (kept rows × r) under the keys and in the dtypes of their
+        formats, on the device of the weights, ``indices`` (r, int32), and where these lie in the whole: ``left`` (1
+        where A = Wᵀ), ``row`` (the first of A), ``basis_row`` (the first of the basis). Of a shared matrix every rank
+        keeps the first two. The owner keeps ``overlaps`` (float32, the last ``HISTORY`` overlaps with the basis before,
+        newest last, -1: none).
         """
         share = plan.shares[self._rank]
         if share is None and not plan.shared:
             return None
         state: MatrixState = {"step": 0, "refreshes": 0}
         if share is not None:
-            rows = {"exp_avg": share.rows, "exp_avg_sq": share.rows, "basis": plan.kept(self._rank)}
-            for key, count in rows.items():
-                state[key] = torch.zeros(count, plan.rank, dtype=plan.dtype, device=self._home(plan))
+            home = self._home(plan)
+            for key, rows in self._formats.rows(plan.rank, plan.dtype).items():
+                count = plan.kept(self._rank) if rows.of == "basis" else share.rows
+                state[key] = torch.full((count, rows.width), rows.fill, dtype=rows.dtype, device=home)
             state["indices"] = torch.full((plan.rank,), -1, dtype=torch.int32)
             kept = plan.slices[self._rank] if plan.spread else None
             state.update(left=int(plan.side == "left"), row=share.start, basis_row=0 if kept is None else kept[0])
@@ -76,6 +81,9 @@ class LowRankStep:
     def fit_state(self, plan: MatrixPlan, state: MatrixState) -> str | None:
         """Bring a loaded state of one matrix to the weights' device; returns what does not fit, if anything."""
         expected = self.new_state(plan) or {}
+        saved = saved_formats({key: value.dtype for key, value in state.items() if isinstance(value, Tensor)})
+        if saved is not None and saved != self._formats.names:
+            return f"{plan.name} {plan.shape} {self._formats.differ(*saved)}"
         if state.keys() != expected.keys():
             return f"{plan.name} {plan.shape} has {sorted(state)} where this run keeps {sorted(expected)}"
         for key, value in expected.items():
@@ -129,7 +137,7 @@ class LowRankStep:
         """
         plans = [p for p in plans if p.name in states]
         rows = self._rows.collect(plans, self._gradient).wait()
-        for plan, basis in zip(plans, self._bases.stream(plans, self._kept(plans, states))):
+        for plan, basis in zip(plans, self._bases.stream(plans, states)):
             product = None if basis is None else self._project(rows[plan.name], basis)
             before = self._projected.get(plan.name)
             self._projected[plan.name] = product if before is None or product is None else before.add_(product)
@@ -155,7 +163,7 @@ class LowRankStep:
             self._refresher.run(wave, rows, states)
             # A matrix whose gradient has always been zero has no basis: no step.
             born = [p for p in wave if states[p.name]["refreshes"]]
-            stream = self._bases.stream(_shared_first(born), self._kept(born, states))
+            stream = self._bases.stream(_shared_first(born), states)
             self._step_batch(_shared_first(born), rows, stream, states, groups).wait()
 
     def _step_in_batches(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState], groups: Groups) -> None:
@@ -163,7 +171,7 @@ class LowRankStep:
         plans = [p for p in plans if states[p.name]["refreshes"]]
         batches = list(batches_of(plans))
         collected = [p for p in plans if p.name not in self._projected]
-        bases = self._bases.stream([p for batch in batches for p in batch], self._kept(plans, states))
+        bases = self._bases.stream([p for batch in batches for p in batch], states)
         coming = self._rows.collect(batches[0], self._gradient) if collected else done({})
         leaving: Pending[None] = done(None)
         for i, batch in enumerate(batches):
@@ -233,11 +241,10 @@ class LowRankStep:
 
     def _direction(self, state: MatrixState, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
         """N, computed where the moments lie."""
-        exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-        assert isinstance(exp_avg, Tensor)
-        assert isinstance(exp_avg_sq, Tensor)
-        gradient = gradient.to(exp_avg.device)
-        direction = adamw_direction_(gradient, exp_avg, exp_avg_sq, int(state["step"]), group["betas"], group["eps"])
+        home = state[self._formats.exp_avg.keys("exp_avg")[0]]
+        assert isinstance(home, Tensor)
+        gradient = gradient.to(home.device)
+        direction = kept_direction_(self._formats, state, gradient, int(state["step"]), group["betas"], group["eps"])
         return direction.to(self._device)
 
     def _lift_view(self, a: Tensor, direction: Tensor, basis: Tensor, step_size: float, keep: float) -> None:
@@ -266,10 +273,6 @@ class LowRankStep:
         """Where states lie: with the weights, which may be offloaded."""
         held = plan.parameter in self._layout.pieces
         return self._layout.weight(plan.parameter).device if held else self._device
-
-    def _kept(self, plans: Iterable[MatrixPlan], states: Mapping[str, MatrixState]) -> dict[str, Tensor]:
-        kept = {p.name: states[p.name].get("basis") for p in plans}
-        return {name: basis for name, basis in kept.items() if isinstance(basis, Tensor)}
 
 
 def waves_of(plans: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:

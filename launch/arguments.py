@@ -117,6 +117,8 @@ class LowRankArguments:
     shard_projection: bool | None = HfArg(
         default=None, help="ranks that share a matrix keep a part of its basis each (true), or all of it (false)"
     )
+    state_dtype: str | None = HfArg(default=None, help="how moments are kept: fp32, bf16 or int8")
+    basis_dtype: str | None = HfArg(default=None, help="how bases are kept: fp32, bf16, int8 or int4")
     layerwise: bool | None = HfArg(
         default=None, help="step in the backward pass and free each gradient at once; needs --grad_clipping 0"
     )

@@ -103,6 +103,8 @@ def build_optimizer(
         wave_size=config.wave_size,
         shard_projection=config.shard_projection,
         gram_dtype=config.gram_dtype,
+        state_dtype=config.state_dtype,
+        basis_dtype=config.basis_dtype,
         layerwise=config.layerwise,
         accumulation_steps=config.accumulation_steps,
     )

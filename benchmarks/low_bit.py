@@ -1,0 +1,46 @@
+"""The one-process reference with moments and bases rounded to their formats where they are kept, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_lowrank.reference import Reference
+from ds_lowrank.states.formats import Format, Formats
+
+
+class LowBitReference(Reference):
+    """As the optimizer with ``state_dtype`` and ``basis_dtype``.
+
+    Args:
+        formats: of projected matrices; the moments of other parameters are kept in bf16 unless they are ``fp32``.
+    """
+
+    def __init__(self, *args: Any, formats: Formats, **options: Any):
+        super().__init__(*args, **options)
+        self.formats = formats
+
+    def adam(self, g: Tensor, state: dict) -> Tensor:
+        direction = super().adam(g, state)
+        if "basis" in state:
+            state["m"] = rounded(self.formats.exp_avg, state["m"])
+            state["v"] = rounded(self.formats.exp_avg_sq, state["v"])
+        elif self.formats.state_dtype != "fp32":
+            state["m"], state["v"] = state["m"].to(torch.bfloat16).float(), state["v"].to(torch.bfloat16).float()
+        return direction
+
+    def refresh(self, name: str, g: Tensor, state: dict) -> None:
+        before = dict(state)
+        super().refresh(name, g, state)
+        if state["refreshes"] == before["refreshes"]:
+            return
+        state["basis"] = rounded(self.formats.basis, state["basis"])
+        if self.moments == "project" and "m" in before:
+            state["m"] = rounded(self.formats.exp_avg, before["m"] @ (before["basis"].T @ state["basis"]))
+
+
+def rounded(form: Format, x: Tensor) -> Tensor:
+    """What is read of ``x`` when it was written."""
+    return form.decode(form.encode(x), x.shape[1], x.dtype)

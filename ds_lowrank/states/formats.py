@@ -1,0 +1,247 @@
+"""Formats: the tensors under which a moment or a basis is kept in a matrix's state, and how it is read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_lowrank.kernels import fused
+from ds_lowrank.states.blocks import count
+from ds_lowrank.states.dynamic import dequantise, quantise, zero_code
+from ds_lowrank.states.linear import dequantise_linear, quantise_linear
+
+STATE_DTYPES = ("fp32", "bf16", "int8")
+BASIS_DTYPES = ("fp32", "bf16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One tensor of a state that has rows: of A, or of the basis.
+
+    Attributes:
+        of: what it is a part of: ``exp_avg``, ``exp_avg_sq`` or ``basis``.
+        width, dtype: numbers a row.
+        fill: what it holds before the first step, where all that is kept is zero.
+    """
+
+    of: str
+    width: int
+    dtype: torch.dtype
+    fill: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """A row's."""
+        return self.width * self.dtype.itemsize
+
+
+class Format:
+    """How a matrix of numbers is kept. Every row is kept by itself, so that any cut between rows is exact.
+
+    Args:
+        name: one of ``STATE_DTYPES`` or ``BASIS_DTYPES``.
+        suffixes: what is appended to the quantity's name for each of its tensors. Codes are kept under another name
+            than numbers: a loader that copies by name can then never take the one for the other.
+    """
+
+    def __init__(self, name: str, suffixes: tuple[str, ...]):
+        self.name = name
+        self._suffixes = suffixes
+
+    def keys(self, quantity: str) -> tuple[str, ...]:
+        """Keys in a state: ``("exp_avg",)``, or ``("exp_avg_codes", "exp_avg_scale")``."""
+        return tuple(quantity + suffix for suffix in self._suffixes)
+
+    def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, Rows]:
+        """Key -> what lies there, for rows of r numbers that are computed with in ``dtype``."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """rows × r, float32 (float64 with ``fp32``) -> a tensor a key. May be ``x`` itself."""
+        raise NotImplementedError
+
+    def decode(self, stored: Sequence[Tensor], r: int, dtype: torch.dtype) -> Tensor:
+        """Inverse of :meth:`encode` but for rounding: rows × r in ``dtype``. May be what is stored itself."""
+        raise NotImplementedError
+
+    def read(self, state: Mapping[str, Any], quantity: str, r: int, dtype: torch.dtype) -> Tensor:
+        """What a state keeps of ``quantity``: rows × r in ``dtype``. Change it only to :meth:`write_` it back."""
+        return self.decode([state[key] for key in self.keys(quantity)], r, dtype)
+
+    def write_(self, state: MutableMapping[str, Any], quantity: str, value: Tensor) -> None:
+        """Keep ``value``, rows × r, in the state's own tensors."""
+        self.put_(state, quantity, self.encode(value))
+
+    def put_(self, state: MutableMapping[str, Any], quantity: str, stored: Sequence[Tensor]) -> None:
+        """Keep what :meth:`encode` has made."""
+        for key, tensor in zip(self.keys(quantity), stored):
+            if tensor is not state[key]:  # what was read without a copy was changed in its place
+                state[key].copy_(tensor)
+
+    def bytes(self, rows: int, r: int, dtype: torch.dtype = torch.float32) -> int:
+        """Of ``rows`` rows of r numbers."""
+        return rows * sum(tensor.bytes for tensor in self.rows("", r, dtype).values())
+
+
+class Plain(Format):
+    """Numbers as they are.
+
+    Args:
+        name: ``fp32``: in the dtype that is computed with (float64 for float64 weights); ``bf16``: rounded to nearest.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(name, ("",))
+        self._narrow = {"fp32": None, "bf16": torch.bfloat16}[name]
+
+    def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, Rows]:  # noqa: D102
+        return {quantity: Rows(quantity, r, self._narrow or dtype)}
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        return (x if self._narrow is None else x.to(self._narrow),)
+
+    def decode(self, stored: Sequence[Tensor], r: int, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        return stored[0].to(dtype)
+
+
+class Dynamic(Format):
+    """Moments in 8 bits, see :mod:`ds_lowrank.states.dynamic`.
+
+    Args:
+        signed: M has signs, V has none.
+    """
+
+    def __init__(self, signed: bool):
+        super().__init__("int8", ("_codes", "_scale"))
+        self.signed = signed
+
+    def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, Rows]:  # noqa: D102
+        codes, scale = self.keys(quantity)
+        return {
+            codes: Rows(quantity, r, torch.uint8, zero_code(self.signed)),
+            scale: Rows(quantity, count(r), torch.float32),
+        }
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        if fused(x):
+            from ds_lowrank.kernels import triton_blocks
+
+            return triton_blocks.quantise(x, self.signed)
+        return quantise(x, self.signed)
+
+    def decode(self, stored: Sequence[Tensor], r: int, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        if fused(*stored):
+            from ds_lowrank.kernels import triton_blocks
+
+            return triton_blocks.dequantise(stored[0], stored[1], self.signed).to(dtype)
+        return dequantise(stored[0], stored[1], self.signed).to(dtype)
+
+
+class Linear(Format):
+    """Bases in 8 or 4 bits, see :mod:`ds_lowrank.states.linear`.
+
+    Args:
+        bits: 8 or 4.
+    """
+
+    def __init__(self, bits: int):
+        super().__init__(f"int{bits}", ("_codes", "_scale"))
+        self._bits = bits
+
+    def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, Rows]:  # noqa: D102
+        codes, scale = self.keys(quantity)
+        if self._bits == 8:
+            return {codes: Rows(quantity, r, torch.int8), scale: Rows(quantity, count(r), torch.float32)}
+        return {
+            codes: Rows(quantity, -(-r // 2), torch.uint8, fill=8 * 17),
+            scale: Rows(quantity, count(r), torch.float32),
+        }
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        return quantise_linear(x, self._bits)
+
+    def decode(self, stored: Sequence[Tensor], r: int, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        if fused(*stored):
+            from ds_lowrank.kernels import triton_blocks
+
+            return triton_blocks.dequantise_linear(stored[0], stored[1], self._bits, r).to(dtype)
+        return dequantise_linear(stored[0], stored[1], self._bits, r).to(dtype)
+
+
+class Formats:
+    """The formats of a matrix's state.
+
+    Args:
+        state_dtype: of the moments, one of ``STATE_DTYPES``.
+        basis_dtype: of the basis, one of ``BASIS_DTYPES``.
+    """
+
+    def __init__(self, state_dtype: str = "fp32", basis_dtype: str = "fp32"):
+        self.state_dtype, self.basis_dtype = state_dtype, basis_dtype
+        eight = state_dtype == "int8"
+        self.exp_avg: Format = Dynamic(signed=True) if eight else Plain(state_dtype)
+        self.exp_avg_sq: Format = Dynamic(signed=False) if eight else Plain(state_dtype)
+        self.basis: Format = {"int8": Linear(8), "int4": Linear(4)}.get(basis_dtype) or Plain(basis_dtype)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """``state_dtype`` and ``basis_dtype``."""
+        return self.state_dtype, self.basis_dtype
+
+    def differ(self, state_dtype: str, basis_dtype: str) -> str:
+        """What to say of a state that was saved in other formats."""
+        return (
+            f"was saved with state_dtype {state_dtype!r}, basis_dtype {basis_dtype!r}, and this run has "
+            f"state_dtype {self.state_dtype!r}, basis_dtype {self.basis_dtype!r}: use those that it was saved with"
+        )
+
+    def rows(self, r: int, dtype: torch.dtype) -> dict[str, Rows]:
+        """Key -> tensor, of all that has rows in the state of a matrix of rank r."""
+        return {
+            **self.exp_avg.rows("exp_avg", r, dtype),
+            **self.exp_avg_sq.rows("exp_avg_sq", r, dtype),
+            **self.basis.rows("basis", r, dtype),
+        }
+
+    def bytes(self, long: int, short: int, r: int, dtype: torch.dtype = torch.float32) -> int:
+        """Of the moments of ``long`` rows and ``short`` rows of the basis."""
+        lengths = {"exp_avg": long, "exp_avg_sq": long, "basis": short}
+        return sum(lengths[tensor.of] * tensor.bytes for tensor in self.rows(r, dtype).values())
+
+    def check(self, dtype: torch.dtype, name: str) -> None:
+        """Refuse weights that are more precise than a narrow format can be read as.
+
+        Raises:
+            ValueError: a float64 matrix under anything but ``fp32``, which keeps its states in float64.
+        """
+        if dtype == torch.float64 and (self.state_dtype, self.basis_dtype) != ("fp32", "fp32"):
+            raise ValueError(
+                f"{name} is float64, and state_dtype {self.state_dtype!r}, basis_dtype {self.basis_dtype!r} are read "
+                "as float32: use fp32 for both (which keeps float64 for float64 weights), or float32 weights"
+            )
+
+
+def saved_formats(tensors: Mapping[str, torch.dtype]) -> tuple[str, str] | None:
+    """``state_dtype`` and ``basis_dtype`` of a saved state, from the dtypes that it has under its keys.
+
+    Returns:
+        ``None``: it is none of this package's.
+    """
+    plain = {torch.float32: "fp32", torch.float64: "fp32", torch.bfloat16: "bf16"}
+    coded = {torch.int8: "int8", torch.uint8: "int4"}
+    state = "int8" if "exp_avg_codes" in tensors else plain.get(tensors.get("exp_avg", torch.bool))
+    if "basis_codes" in tensors:
+        basis = coded.get(tensors["basis_codes"])
+    else:
+        basis = plain.get(tensors.get("basis", torch.bool))
+    return None if state is None or basis is None else (state, basis)
+
+
+# Every key under which some format keeps something that has rows.
+ROW_KEYS = tuple(
+    quantity + suffix for quantity in ("exp_avg", "exp_avg_sq", "basis") for suffix in ("", "_codes", "_scale")
+)
