@@ -227,6 +227,7 @@ def _step(
                 state_dtype=setup.state_dtype,
                 basis_dtype=setup.basis_dtype,
                 gram_width=gram_width,
+                offload=setup.offload,
             )
             inside, due, work = ahead.step, ahead.refresh, ahead.solver
         else:
@@ -248,7 +249,7 @@ def _notes(model: Model, setup: Setup) -> list[str]:
     if setup.master == "bf16" and setup.kind.startswith("zero"):
         notes.append("planned only: bf16 master weights are refused under DeepSpeed")
     if setup.offload:
-        notes.append("offload: states and masters are on the CPU; one matrix at a time visits the device")
+        notes.append("offload: states and masters are on the CPU, and one matrix at a time visits the device")
     if setup.kind.startswith("zero"):
         notes.append("galore-torch does not run under ZeRO: its column is what it would hold, laid out as on FSDP2")
     return notes

@@ -39,7 +39,7 @@ def held_tensors(places: Places, setup: Setup, rank: int) -> list[int]:
 def states_of(optimizer: str, places: Places, setup: Setup, rank: int) -> States:
     """What one of ``OPTIMIZERS`` keeps on ``rank``."""
     if optimizer == "AdamW":
-        return States(2 * 4 * sum(held_tensors(places, setup, rank)))
+        return States(2 * setup.master_width * sum(held_tensors(places, setup, rank)))
     if optimizer == "8-bit AdamW":
         return States(sum(map(adamw8bit_bytes, held_tensors(places, setup, rank))))
     if optimizer == "GaLore unsharded":

@@ -32,7 +32,13 @@ class Temporaries:
 
 
 def temporaries(
-    plans: Sequence[MatrixPlan], rank: int, *, state_dtype: str, basis_dtype: str, gram_width: int
+    plans: Sequence[MatrixPlan],
+    rank: int,
+    *,
+    state_dtype: str,
+    basis_dtype: str,
+    gram_width: int,
+    offload: bool = False,
 ) -> Temporaries:
     """What stepping ``plans``, all of one call of ``step()``, holds on ``rank``.
 
@@ -41,9 +47,10 @@ def temporaries(
         rank: of the ranks.
         state_dtype, basis_dtype: formats of moments and bases.
         gram_width: bytes of a number of a Gram.
+        offload: whether weights, gradients and states lie on the CPU and visit the device one matrix at a time.
     """
     kept = [p for p in plans if p.shared or p.shares[rank] is not None]
-    formats = (state_dtype, basis_dtype)
+    formats = (state_dtype, basis_dtype, offload)
     step = 0
     for shared in (True, False):
         batches = [_Batch(b, rank, formats) for b in batches_of([p for p in kept if p.shared is shared])]
@@ -63,7 +70,7 @@ class _Batch:
         matrix: what one matrix needs, the one that needs most.
     """
 
-    def __init__(self, plans: Sequence[MatrixPlan], rank: int, formats: tuple[str, str]):
+    def __init__(self, plans: Sequence[MatrixPlan], rank: int, formats: tuple[str, str, bool]):
         self.buffered = self.leaving = 0
         for p in plans:
             share, part, width = p.shares[rank], p.parts[rank], p.dtype.itemsize
@@ -110,30 +117,32 @@ def _pipeline(batches: Sequence[_Batch]) -> int:
     return highest
 
 
-def _matrix(plan: MatrixPlan, rank: int, formats: tuple[str, str]) -> int:
+def _matrix(plan: MatrixPlan, rank: int, formats: tuple[str, str, bool]) -> int:
     """The product, the basis, and what narrow formats are widened to, of one matrix."""
     share = plan.shares[rank]
     if share is None:
         return 0
-    state_dtype, basis_dtype = formats
+    state_dtype, basis_dtype, offload = formats
     width = plan.dtype.itemsize
     product = share.rows * plan.rank * width
     blocks = 2 if share.view is not None and share.buffer is not None else 1
     basis = plan.short * plan.rank * width
     gathered = rows_bytes(plan.short, plan.rank, basis_dtype)
-    joining = basis if basis_dtype != "fp32" else 0
+    joining = basis if basis_dtype != "fp32" or offload else 0
     if plan.spread:
         # The basis before is held until this one is joined, and the next is on its way.
         joining = basis + gathered + basis + gathered
-    moments = 0 if state_dtype == "fp32" else 2 * product
+    moments = 0 if state_dtype == "fp32" or offload else 2 * product  # widened where they lie
     cast = 0
     if plan.weight_dtype.itemsize < width and share.view is not None:
         # Gradients are widened for the product; weights for the lift, which makes a second copy.
         cast = 2 * share.view.numel * width
+    if offload and share.view is not None:
+        cast += 2 * share.view.numel * plan.weight_dtype.itemsize
     return product * blocks + joining + moments + cast
 
 
-def _wave(plans: Sequence[MatrixPlan], rank: int, formats: tuple[str, str], g: int) -> tuple[int, int]:
+def _wave(plans: Sequence[MatrixPlan], rank: int, formats: tuple[str, str, bool], g: int) -> tuple[int, int]:
     """A refresh of matrices side by side and their step; of it the solver's workspace."""
     batch = _Batch(plans, rank, formats)
     square = {p.name: p.short**2 * g for p in plans}
