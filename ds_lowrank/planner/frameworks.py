@@ -210,8 +210,8 @@ def _fsdp2(model: Model, setup: Setup) -> Frame:
     sent = DTYPES[setup.communication_dtype] * widest
     through = 0 if embedding else b * whole
     backward = through + b * kept + max(b * 3 * widest + sent, b * 2 * widest + sent + r * widest)
-    # Of a unit that has been copied for sending the last parameter's gradient is still held.
-    end = (r * (first or whole)) + b * math.prod(model.shapes[last[-1]]) if last else 0
+    # Of a unit that has been copied for sending the last parameter's gradient is still held, on several ranks.
+    end = r * (first or whole) + (b * math.prod(model.shapes[last[-1]]) if last and n > 1 else 0)
     return Frame(
         weights=m * sum(share.values()) + model.buffer_bytes,
         master=0,

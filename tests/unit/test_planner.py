@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 
 import pytest
+import torch
+from tracker import Tracker
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_lowrank.cli import main
 from ds_lowrank.layouts import Piece
@@ -76,6 +80,31 @@ def test_a_layers_activations_by_hand():
     kept = activations(d, 3, 2, checkpointing=False)
     assert kept.loss - kept.forward > 0
     assert activations(d, 3, 2, checkpointing=True).each == 2 * 8 * 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_activations_are_those_of_a_model_that_computes(dtype, checkpointing):
+    tokens = torch.randint(0, 512, (2, 64))
+    with Tracker() as tracker:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY))
+        model.to(torch.bfloat16 if dtype == "bf16" else torch.float32).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        gc.collect()
+        before = tracker.alive
+        loss = model(input_ids=tokens, labels=tokens).loss
+        kept = tracker.alive - before
+        tracker.restart()
+        loss.backward()
+        peak = tracker.peak - before
+    decoder = read_model(TINY).decoder
+    assert decoder is not None
+    plan = activations(decoder, 2 * 64, 2 if dtype == "bf16" else 4, checkpointing)
+    logits = 4 * 512 * 2 * 64
+    # Behind the forward pass log-softmax is left of the loss; its gradient and that of the logits come to it.
+    assert kept == pytest.approx(plan.loss - 2 * logits, rel=0.03)  # cos and sin weigh in a model this small
+    assert peak >= plan.loss * 0.97
 
 
 def test_resident_bytes_by_hand():
