@@ -124,7 +124,14 @@ def _deepspeed_classes() -> list[Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    def stage(kind: Any, name: str) -> Any:
+        if kind is not ZeroStageEnum:
+            raise ValueError(f"getattr of {kind!r}")
+        return ZeroStageEnum[name]
+
+    # Before 3.11.4 Python pickles a member of an enumeration as getattr, which would reach anything if it were allowed.
+    named = [(stage, "builtins.getattr"), (stage, "__builtin__.getattr")]
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, *named]
 
 
 def _first_line(error: Exception) -> str:

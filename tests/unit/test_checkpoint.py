@@ -152,6 +152,27 @@ def test_galore_torchs_objects_are_left_alone(tmp_path, caplog):
     assert same(model, before)
 
 
+class ByName:
+    """Pickled as Python 3.11.2 pickles a member of an enumeration."""
+
+    def __init__(self, *path):
+        self.path = path
+
+    def __reduce__(self):
+        return getattr, self.path
+
+
+def test_deepspeeds_stage_is_read_as_older_pythons_write_it_and_nothing_else(tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    torch.save({"zero_stage": ByName(ZeroStageEnum, "gradients")}, tmp_path / "file.pt")
+    assert load_file(tmp_path / "file.pt") == {"zero_stage": ZeroStageEnum.gradients}
+    torch.save({"zero_stage": ByName(LossScaler, "__init__")}, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=r"file\.pt cannot be read"):
+        load_file(tmp_path / "file.pt")
+
+
 class Projector:
     """As galore_torch's: an object in the state."""
 
