@@ -44,6 +44,8 @@ class LowRankConfig:
         state_dtype: how moments are kept: ``fp32`` (float64 for float64 weights), ``bf16``, or ``int8``: codes in
             blocks of 64 within a row, with a scale each; moments of other parameters are in bf16 then.
         basis_dtype: how bases are kept: ``fp32``, ``bf16``, ``int8``, or ``int4``.
+        stochastic_rounding: of weights that are bf16 without an fp32 master copy (FSDP2, DDP, one process), where
+            updates smaller than half a step would be lost.
         layerwise: step in the backward pass and free each gradient at once (FSDP2, DDP, one process; no clipping of
             the gradient norm, which would need all gradients).
         accumulation_steps: backward passes a step, read by ``layerwise`` only; the Trainer's are taken there.
@@ -69,6 +71,7 @@ class LowRankConfig:
     gram_dtype: str = "auto"
     state_dtype: str = "fp32"
     basis_dtype: str = "fp32"
+    stochastic_rounding: bool = False
     layerwise: bool = False
     accumulation_steps: int = 1
     lr: float | None = None
@@ -93,7 +96,7 @@ class LowRankConfig:
             ("basis_dtype", BASIS_DTYPES),
         ):
             _require_choice(option, getattr(self, option), allowed)
-        for option in ("stagger", "shard_projection", "layerwise"):
+        for option in ("stagger", "shard_projection", "layerwise", "stochastic_rounding"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"lowrank.{option} must be true or false, got {getattr(self, option)!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

@@ -6,14 +6,16 @@ int8: ZeRO cuts its flat buffers anywhere, so blocks of a scale each would depen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+import math
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ds_lowrank.layouts import local_tensors
+from ds_lowrank.layouts import Layout, LayoutError, local_tensors
+from ds_lowrank.states.rounding import random_bits, round_stochastic, rounding_key
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -44,13 +46,58 @@ def ensure_full_rank(params: Iterable[Tensor], states: MutableMapping[Any, Any],
             states[p].update(new_state(p, state_dtype))
 
 
-def step_full_rank(group: Mapping[str, Any], states: MutableMapping[Any, Any], state_dtype: str = "fp32") -> None:
+# A tensor of the optimizer's groups, its step, a part of its flat memory on this rank, what was computed for the part,
+# and where in that memory it begins.
+Rounding = Callable[[Tensor, int, Tensor, Tensor, int], None]
+
+
+def rounded_stochastically(layout: Layout, shapes: Mapping[str, tuple[int, ...]], seed: int) -> Rounding:
+    """Writes bf16 weights that are not projected, rounded by bits that depend on their place in the whole parameter.
+
+    Args:
+        layout: one in which a tensor of the groups is a part of one parameter.
+        shapes: name -> whole shape.
+        seed: see :func:`ds_lowrank.states.rounding.rounding_key`.
+
+    Raises:
+        ds_lowrank.LayoutError: no weight that the optimizer is given is bf16, or flat buffers hold them.
+    """
+    dtypes = {layout.dtype(name) for name in shapes}
+    if not layout.by_parameter or torch.bfloat16 not in dtypes:
+        raise LayoutError(
+            "stochastic_rounding is for bf16 weights without an fp32 master copy, under FSDP2, DDP and on one process: "
+            f"{layout.kind} gives the optimizer {', '.join(sorted(map(str, dtypes)))}. Leave it out, or convert the "
+            "model to bf16"
+        )
+
+    def write(tensor: Tensor, step: int, weights: Tensor, computed: Tensor, start: int) -> None:
+        (name,) = layout.names_in(tensor)
+        piece, shape = layout.pieces[name], shapes[name]
+        at = torch.arange(start, start + weights.numel(), device=weights.device)
+        if piece.dim is None:
+            index = piece.start + at
+        else:  # a slice of a later dimension: runs of it, a whole row of that dimension apart
+            inner = math.prod(shape[piece.dim + 1 :])
+            width = (piece.stop - piece.start) * inner
+            index = (at // width) * (shape[piece.dim] * inner) + piece.start * inner + at % width
+        weights.copy_(round_stochastic(computed, random_bits(index, rounding_key(seed, name, step))))
+
+    return write
+
+
+def step_full_rank(
+    group: Mapping[str, Any],
+    states: MutableMapping[Any, Any],
+    state_dtype: str = "fp32",
+    rounding: Rounding | None = None,
+) -> None:
     """Step the parameters of a group that have a gradient, on whatever tensors a framework has put into it.
 
     Args:
         group: ``params`` (any shapes; DTensors too) and AdamW's hyper-parameters.
         states: the optimizer's, by tensor; made here where there is none, see :func:`new_state`.
         state_dtype: see :class:`ds_lowrank.LowRankConfig`.
+        rounding: writes bf16 weights; ``None``: they are rounded to nearest.
     """
     params = [p for p in group["params"] if p.grad is not None]
     ensure_full_rank(params, states, state_dtype)
@@ -58,12 +105,13 @@ def step_full_rank(group: Mapping[str, Any], states: MutableMapping[Any, Any], s
         states[p]["step"] = states[p]["step"].to(p.device)  # loaders leave it on the CPU
         for key in MOMENTS:  # a checkpoint may have them in another dtype
             states[p][key] = states[p][key].to(moment_dtype(state_dtype, p.dtype))
-    alike = [p for p in params if states[p]["exp_avg"].dtype == p.dtype]
+    apart = {p for p in params if states[p]["exp_avg"].dtype != p.dtype or (rounding and p.dtype == torch.bfloat16)}
+    alike = [p for p in params if p not in apart]
     if alike:
         _adamw(group, alike, [p.grad for p in alike], *([states[p][k] for p in alike] for k in (*MOMENTS, "step")))
     for p in params:
-        if states[p]["exp_avg"].dtype != p.dtype:
-            _step_in_parts(group, p, states[p])
+        if p in apart:
+            _step_in_parts(group, p, states[p], rounding)
 
 
 def _adamw(
@@ -93,17 +141,22 @@ def _adamw(
     )
 
 
-def _step_in_parts(group: Mapping[str, Any], parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+def _step_in_parts(
+    group: Mapping[str, Any], parameter: Tensor, state: Mapping[str, Tensor], rounding: Rounding | None
+) -> None:
     """Weights and moments of different dtypes: computed in float32, a part at a time, and each rounded once."""
     grad = parameter.grad
     assert grad is not None
     kept = [t.detach().view(-1) for t in local_tensors([parameter, *(state[key] for key in MOMENTS)])]
     (flat_grad,) = (t.reshape(-1) for t in local_tensors([grad]))
-    for weights, gradient, *moments in zip(*(t.split(_PART) for t in (kept[0], flat_grad, *kept[1:]))):
+    parts = zip(*(t.split(_PART) for t in (kept[0], flat_grad, *kept[1:])))
+    for number, (weights, gradient, *moments) in enumerate(parts):
         narrow = [weights, *moments]
         wide = [t.float() for t in narrow]
         _adamw(group, [wide[0]], [gradient.float()], [wide[1]], [wide[2]], [state["step"].clone()])
         for tensor, computed in zip(narrow, wide):
-            if computed is not tensor:
+            if tensor is weights and rounding is not None and weights.dtype == torch.bfloat16 and weights.numel():
+                rounding(parameter, int(state["step"]) + 1, weights, computed, number * _PART)
+            elif computed is not tensor:
                 tensor.copy_(computed)
     state["step"].add_(1)

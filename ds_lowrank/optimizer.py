@@ -14,7 +14,7 @@ from torch import Tensor
 from ds_lowrank.adopt import adopt_states, check_entries, check_names, own_entries
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
-from ds_lowrank.full_rank import MOMENTS, ensure_full_rank, step_full_rank
+from ds_lowrank.full_rank import MOMENTS, ensure_full_rank, rounded_stochastically, step_full_rank
 from ds_lowrank.gradients import GradientCheck
 from ds_lowrank.layerwise import Layerwise
 from ds_lowrank.layouts import (
@@ -78,6 +78,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         gram_dtype: ``float32``, ``float64``, or ``auto``: float64 on a CPU, float32 elsewhere.
         state_dtype: how moments are kept: ``fp32``, ``bf16`` or ``int8``; see :mod:`ds_lowrank.states`.
         basis_dtype: how bases are kept: ``fp32``, ``bf16``, ``int8`` or ``int4``.
+        stochastic_rounding: of bf16 weights without an fp32 master copy.
         layerwise: step in the backward pass and free each gradient as soon as it is used (FSDP2, DDP, one process).
             Call :meth:`ensure_state` before the first backward pass. The norm of all gradients cannot be clipped then.
         accumulation_steps: backward passes a step; read with ``layerwise`` only.
@@ -112,6 +113,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         gram_dtype: str = "auto",
         state_dtype: str = "fp32",
         basis_dtype: str = "fp32",
+        stochastic_rounding: bool = False,
         layerwise: bool = False,
         accumulation_steps: int = 1,
     ):
@@ -131,10 +133,12 @@ class LowRankAdamW(torch.optim.Optimizer):
             gram_dtype=gram_dtype,
             state_dtype=state_dtype,
             basis_dtype=basis_dtype,
+            stochastic_rounding=stochastic_rounding,
             layerwise=layerwise,
             accumulation_steps=accumulation_steps,
         )
         self.formats = Formats(state_dtype, basis_dtype)
+        self._full_rank_options: dict[str, Any] = {"state_dtype": state_dtype}
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         # Sharding frameworks replace a group's params by flat buffers, cut the list of groups during a step and
         # replace the group dicts on a load. What belongs to the user's parameters is therefore kept here, by name.
@@ -324,7 +328,11 @@ class LowRankAdamW(torch.optim.Optimizer):
             gram_dtype_on(config.gram_dtype, layout.ranks.device),
             self.formats,
         )
-        self._stepper = LowRankStep(layout, comm, self._refresher, self.formats)
+        if config.stochastic_rounding:
+            shapes = {m.name: m.shape for m in members}
+            self._full_rank_options["rounding"] = rounded_stochastically(layout, shapes, config.seed)
+        seed = config.seed if config.stochastic_rounding else None
+        self._stepper = LowRankStep(layout, comm, self._refresher, self.formats, seed)
         rank = layout.ranks.rank
         self._stateful = [p for p in self._plans if p.shared or p.shares[rank] is not None]
         if layout.by_parameter:
@@ -355,7 +363,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             self._adopted_states,
             lambda: dict(enumerate(self._all_groups)),
             lambda name, parameter: step_full_rank(
-                {**self._all_groups[self._group_of[name]], "params": [parameter]}, self.state, self.formats.state_dtype
+                {**self._all_groups[self._group_of[name]], "params": [parameter]}, self.state, **self._full_rank_options
             ),
             average,
             self.config.wave_size,
@@ -473,7 +481,7 @@ class LowRankAdamW(torch.optim.Optimizer):
                 stepping.update(name for name in names if name not in frozen)
                 groups[index] = group
             elif names:
-                step_full_rank(group, self.state, self.formats.state_dtype)
+                step_full_rank(group, self.state, **self._full_rank_options)
         plans = [p for p in self._plans if p.parameter in stepping]
         if self._layerwise is not None:
             plans = self._layerwise.remaining(plans)

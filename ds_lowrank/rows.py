@@ -75,7 +75,7 @@ class Rows:
         plans: Sequence[MatrixPlan],
         update: Callable[[MatrixPlan], Tensor],
         weights: Memory,
-        apply: Callable[[MatrixPlan, Tensor, Tensor], None],
+        apply: Callable[[MatrixPlan, Tensor, Tensor, Box], None],
     ) -> Pending[None]:
         """Bring what was computed elsewhere to the weights that this rank holds. Collective as ``collect``.
 
@@ -83,7 +83,7 @@ class Rows:
             plans: those of the batch that make a step; the shared ones are the same on all ranks.
             update: what is added to the buffered rows of a matrix, in W's orientation.
             weights: of this rank's piece of a matrix's parameter; read at once and written at the end.
-            apply: changes a view of the weights by an update of its shape.
+            apply: changes a view of the weights, those of a box of W, by an update of its shape.
         """
         moving = [p for p in plans if p.moves]
         arriving = self._move(
@@ -99,7 +99,7 @@ class Rows:
         def finish() -> None:
             for plan in moving:
                 for box, values in arriving.wait().get(plan.name, []):
-                    apply(plan, self._held_view(plan, weights, box), values.view(box.shape))
+                    apply(plan, self._held_view(plan, weights, box), values.view(box.shape), box)
             for copy in handed:
                 copy.wait()
 

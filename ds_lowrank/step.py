@@ -10,15 +10,17 @@ from torch import Tensor
 
 from ds_lowrank.bases import Bases
 from ds_lowrank.comm import Comm, Pending, done
+from ds_lowrank.geometry import Box
 from ds_lowrank.kernels.moments import kept_direction_
 from ds_lowrank.layouts.base import Layout
 from ds_lowrank.plan import MatrixPlan, Share
 from ds_lowrank.refresh import HISTORY, MatrixState, Refresher
 from ds_lowrank.rows import Blocks, Rows
 from ds_lowrank.states.formats import Formats, saved_formats
-from ds_lowrank.subspace.project import lift_, project
+from ds_lowrank.states.rounding import Place, rounding_key
+from ds_lowrank.subspace.project import lift_, project, round_
 from ds_lowrank.subspace.schedule import is_due
-from ds_lowrank.subspace.sides import as_rows
+from ds_lowrank.subspace.sides import Side, as_rows
 
 # Hyper-parameters of the parameter groups that step now, by the group's index.
 Groups = Mapping[int, Mapping[str, Any]]
@@ -38,9 +40,13 @@ class LowRankStep:
         comm: the collectives.
         refresher: gives new bases.
         formats: how moments and bases are kept.
+        rounding_seed: of stochastic rounding of bf16 weights; ``None``: they are rounded to nearest.
     """
 
-    def __init__(self, layout: Layout, comm: Comm, refresher: Refresher, formats: Formats):
+    def __init__(
+        self, layout: Layout, comm: Comm, refresher: Refresher, formats: Formats, rounding_seed: int | None = None
+    ):
+        self._rounding_seed = rounding_seed
         self._layout = layout
         self._formats = formats
         self._rank = comm.ranks.rank
@@ -204,7 +210,13 @@ class LowRankStep:
             plans,
             lambda plan: updates[plan.name],
             self._weight,
-            lambda plan, weights, update: _apply(weights, update, plan.dtype, _keep(groups[plan.group])),
+            lambda plan, weights, update, box: _apply(
+                weights,
+                update,
+                plan.dtype,
+                _keep(groups[plan.group]),
+                self._place(plan, states[plan.name], box, "right"),
+            ),
         )
 
     def _step_matrix(
@@ -228,7 +240,8 @@ class LowRankStep:
         if share.view is not None:
             assert part is not None
             weights = as_rows(part.view(self._weight(plan), share.view), plan.side)
-            self._lift_view(weights, direction[:whole_rows], basis, step_size, _keep(group))
+            place = self._place(plan, state, share.view, plan.side)
+            self._lift_view(weights, direction[:whole_rows], basis, step_size, _keep(group), place)
         if share.buffer is not None:
             update = torch.empty(share.buffer.shape, dtype=plan.dtype, device=self._device)
             lift_(as_rows(update, plan.side), direction[whole_rows:], basis, step_size, keep=0.0)
@@ -247,12 +260,22 @@ class LowRankStep:
         direction = kept_direction_(self._formats, state, gradient, int(state["step"]), group["betas"], group["eps"])
         return direction.to(self._device)
 
-    def _lift_view(self, a: Tensor, direction: Tensor, basis: Tensor, step_size: float, keep: float) -> None:
+    def _place(self, plan: MatrixPlan, state: MatrixState, box: Box, side: Side) -> Place | None:
+        """Where the rows that ``side`` makes of a box are in W, for stochastic rounding."""
+        if self._rounding_seed is None or plan.weight_dtype != torch.bfloat16:
+            return None
+        n = plan.shape[1]
+        key = rounding_key(self._rounding_seed, plan.name, int(state["step"]))
+        return Place(key, box.top * n + box.left, (n, 1) if side == "right" else (1, n))
+
+    def _lift_view(
+        self, a: Tensor, direction: Tensor, basis: Tensor, step_size: float, keep: float, place: Place | None
+    ) -> None:
         if a.device == basis.device:
-            lift_(a, direction, basis, step_size, keep)
+            lift_(a, direction, basis, step_size, keep, place)
         else:  # offloaded weights visit the device one matrix at a time
             visiting = a.to(basis.device)
-            lift_(visiting, direction, basis, step_size, keep)
+            lift_(visiting, direction, basis, step_size, keep, place)
             a.copy_(visiting)
 
     def _has_gradient(self, plan: MatrixPlan) -> bool:
@@ -308,12 +331,12 @@ def _keep(group: Mapping[str, Any]) -> float:
     return 1.0 - group["lr"] * group["weight_decay"]
 
 
-def _apply(weights: Tensor, update: Tensor, dtype: torch.dtype, keep: float) -> None:
+def _apply(weights: Tensor, update: Tensor, dtype: torch.dtype, keep: float, place: Place | None) -> None:
     """W ← keep · W + update, rounded once, as ``lift_`` does where rows lie."""
     if weights.dtype == dtype:
         weights.mul_(keep).add_(update.to(weights.device)) if keep != 1.0 else weights.add_(update.to(weights.device))
     else:
-        weights.copy_(weights.to(dtype).mul_(keep).add_(update.to(weights.device)))
+        round_(weights, weights.to(dtype).mul_(keep).add_(update.to(weights.device)), place)
 
 
 def _buffered_rows(plan: MatrixPlan, share: Share) -> int:

@@ -119,6 +119,7 @@ class LowRankArguments:
     )
     state_dtype: str | None = HfArg(default=None, help="how moments are kept: fp32, bf16 or int8")
     basis_dtype: str | None = HfArg(default=None, help="how bases are kept: fp32, bf16, int8 or int4")
+    stochastic_rounding: bool | None = HfArg(default=None, help="of bf16 weights without an fp32 master copy")
     layerwise: bool | None = HfArg(
         default=None, help="step in the backward pass and free each gradient at once; needs --grad_clipping 0"
     )

@@ -105,6 +105,7 @@ def build_optimizer(
         gram_dtype=config.gram_dtype,
         state_dtype=config.state_dtype,
         basis_dtype=config.basis_dtype,
+        stochastic_rounding=config.stochastic_rounding,
         layerwise=config.layerwise,
         accumulation_steps=config.accumulation_steps,
     )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_lowrank.states.rounding import Key
+from ds_lowrank.states.rounding import Place
 
 TILE = 64
 DEPTH = 32
@@ -41,7 +41,7 @@ def round_stochastic(x, bits):
     return tl.where(x != x, x, moved.to(tl.float32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["low", "high", "first"])
 def lift_kernel(
     a_ptr,
     n_ptr,
@@ -80,7 +80,8 @@ def lift_kernel(
     inside = (row < rows)[:, None] & (column < short)[None, :]
     at = row[:, None] * a_row + column[None, :] * a_column
     a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    a = keep * a - step_size * total
+    # With nothing to keep, what lies there is not looked at.
+    a = tl.where(keep == 0.0, 0.0, keep * a) - step_size * total
     if STOCHASTIC:
         index = first + row[:, None] * index_row + column[None, :] * index_column
         a = round_stochastic(a, random_bits(index, low, high))
@@ -93,15 +94,13 @@ def lift_(
     basis: Tensor,
     step_size: float,
     keep: float,
-    key: Key | None = None,
-    first: int = 0,
-    strides: tuple[int, int] = (0, 0),
+    place: Place | None = None,
 ) -> None:
-    """See :func:`ds_lowrank.subspace.project.lift_`; with a ``key`` A is bf16 and is rounded stochastically."""
+    """See :func:`ds_lowrank.subspace.project.lift_`."""
     rows, short = a.shape
     if not rows or not short:
         return
-    assert key is None or a.dtype == torch.bfloat16
+    assert place is None or a.dtype == torch.bfloat16
     lift_kernel[(triton.cdiv(rows, TILE), triton.cdiv(short, TILE))](
         a,
         direction.contiguous(),
@@ -113,11 +112,11 @@ def lift_(
         a.stride(1),
         step_size,
         keep,
-        key.low if key else 0,
-        key.high if key else 0,
-        first,
-        *strides,
-        key is not None,
+        place.key.low if place else 0,
+        place.key.high if place else 0,
+        place.first if place else 0,
+        *(place.strides if place else (0, 0)),
+        place is not None,
         TILE,
         DEPTH,
     )

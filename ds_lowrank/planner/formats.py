@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 
 from ds_lowrank.config import LowRankConfig
+from ds_lowrank.states.blocks import count
 
-BLOCK = 256
-STATE_DTYPES = ("fp32", "bf16", "int8")
-BASIS_DTYPES = ("fp32", "bf16", "int8", "int4")
 _BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 # bitsandbytes: tensors of fewer numbers keep fp32 moments (``min_8bit_size``), others a code a number and an fp32
 # ``absmax`` a block of 256.
@@ -28,7 +26,7 @@ def rows_bytes(rows: int, rank: int, kind: str) -> int:
     if kind not in _BITS:
         raise ValueError(f"format {kind!r} is unknown: use one of {', '.join(_BITS)}")
     codes = -(-rank * _BITS[kind] // 8)
-    scales = 4 * -(-rank // min(BLOCK, rank)) if kind in ("int8", "int4") else 0
+    scales = 4 * count(rank) if kind in ("int8", "int4") else 0
     return rows * (codes + scales)
 
 

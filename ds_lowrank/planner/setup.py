@@ -11,7 +11,7 @@ from typing import Any
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.integrations.deepspeed import check_deepspeed_config
 from ds_lowrank.integrations.fsdp import check_fsdp_config
-from ds_lowrank.planner.formats import BASIS_DTYPES, STATE_DTYPES
+from ds_lowrank.states.formats import BASIS_DTYPES, STATE_DTYPES
 
 KINDS = ("zero1", "zero2", "zero3", "fsdp2", "ddp", "one")
 DTYPES = {"bf16": 2, "fp32": 4}

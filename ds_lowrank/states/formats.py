@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class Rows:
         return self.width * self.dtype.itemsize
 
 
-class Format:
+class Format(ABC):
     """How a matrix of numbers is kept. Every row is kept by itself, so that any cut between rows is exact.
 
     Args:
@@ -56,17 +57,17 @@ class Format:
         """Keys in a state: ``("exp_avg",)``, or ``("exp_avg_codes", "exp_avg_scale")``."""
         return tuple(quantity + suffix for suffix in self._suffixes)
 
+    @abstractmethod
     def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, Rows]:
         """Key -> what lies there, for rows of r numbers that are computed with in ``dtype``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """rows × r, float32 (float64 with ``fp32``) -> a tensor a key. May be ``x`` itself."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, stored: Sequence[Tensor], r: int, dtype: torch.dtype) -> Tensor:
         """Inverse of :meth:`encode` but for rounding: rows × r in ``dtype``. May be what is stored itself."""
-        raise NotImplementedError
 
     def read(self, state: Mapping[str, Any], quantity: str, r: int, dtype: torch.dtype) -> Tensor:
         """What a state keeps of ``quantity``: rows × r in ``dtype``. Change it only to :meth:`write_` it back."""

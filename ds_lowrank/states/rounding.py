@@ -35,6 +35,21 @@ class Key:
     high: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a part of a matrix is in the whole, and what its bits come from.
+
+    Attributes:
+        key: of the matrix in this step.
+        first: place in the whole matrix, row-major, of the part's first element.
+        strides: how far apart in the whole two rows, and two columns, of the part are.
+    """
+
+    key: Key
+    first: int
+    strides: tuple[int, int]
+
+
 def rounding_key(seed: int, name: str, step: int) -> Key:
     """Key of a matrix in a step."""
     digest = hashlib.blake2b(f"{seed}\0{name}\0{step}\0rounding".encode(), digest_size=8).digest()
@@ -80,20 +95,18 @@ def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, moved.view(torch.float32)).to(torch.bfloat16)
 
 
-def copy_stochastic_(target: Tensor, x: Tensor, key: Key, first: int, strides: tuple[int, int]) -> None:
+def copy_stochastic_(target: Tensor, x: Tensor, place: Place) -> None:
     """Round a part of a matrix into its place.
 
     Args:
         target: rows × columns, bf16, any strides; written.
         x: rows × columns, float32.
-        key: see :func:`rounding_key`.
-        first: place in the whole matrix of the first element.
-        strides: how far apart in it two rows, and two columns, of the part are.
+        place: of the part in the whole.
     """
     rows, columns = x.shape
-    across = first + torch.arange(columns, device=x.device) * strides[1]
+    across = place.first + torch.arange(columns, device=x.device) * place.strides[1]
     step = max(1, _PART // max(1, columns))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        index = torch.arange(start, stop, device=x.device)[:, None] * strides[0] + across
-        target[start:stop].copy_(round_stochastic(x[start:stop], random_bits(index, key)))
+        index = torch.arange(start, stop, device=x.device)[:, None] * place.strides[0] + across
+        target[start:stop].copy_(round_stochastic(x[start:stop], random_bits(index, place.key)))

@@ -7,6 +7,9 @@ import itertools
 import torch
 from torch import Tensor
 
+from ds_lowrank.kernels import fused
+from ds_lowrank.states.rounding import Place, copy_stochastic_
+
 # Rows of a gradient that are widened to the Gram's dtype at once: no full-size copy is ever made.
 GRAM_CHUNK_ROWS = 2048
 _GRAM_BLOCK_COLUMNS = 128
@@ -52,7 +55,9 @@ def project(a: Tensor, basis: Tensor) -> Tensor:
     return a.to(basis.dtype) @ basis
 
 
-def lift_(a: Tensor, direction: Tensor, basis: Tensor, step_size: float, keep: float) -> None:
+def lift_(
+    a: Tensor, direction: Tensor, basis: Tensor, step_size: float, keep: float, place: Place | None = None
+) -> None:
     """A ← keep · A − step_size · N Bᵀ, in place.
 
     Args:
@@ -62,9 +67,23 @@ def lift_(a: Tensor, direction: Tensor, basis: Tensor, step_size: float, keep: f
         step_size: learning rate times scale.
         keep: 1 − learning rate · weight decay; 0 overwrites ``a`` (its old content is not read, NaN included).
 
-    A dtype narrower than the basis' is computed in the basis' dtype and rounded to nearest once.
+        place: where A is in its matrix: bf16 weights are rounded stochastically then.
+
+    A dtype narrower than the basis' is computed in the basis' dtype and rounded once, to nearest without a ``place``.
     """
     if a.dtype == basis.dtype:
         a.addmm_(direction, basis.mT, beta=keep, alpha=-step_size)
+    elif basis.dtype == torch.float32 and fused(a, direction, basis):
+        from ds_lowrank.kernels import triton_lift
+
+        triton_lift.lift_(a, direction, basis, step_size, keep, place)
     else:
-        a.copy_(torch.addmm(a.to(basis.dtype), direction, basis.mT, beta=keep, alpha=-step_size))
+        round_(a, torch.addmm(a.to(basis.dtype), direction, basis.mT, beta=keep, alpha=-step_size), place)
+
+
+def round_(a: Tensor, wide: Tensor, place: Place | None) -> None:
+    """Write what was computed for A into it: rounded to nearest, or stochastically where a ``place`` is given."""
+    if place is None:
+        a.copy_(wide)
+    else:
+        copy_stochastic_(a, wide, place)

@@ -15,7 +15,7 @@ from ds_lowrank.kernels.moments import fused_direction_, torch_direction_
 from ds_lowrank.states import dynamic
 from ds_lowrank.states.formats import Formats
 from ds_lowrank.states.linear import dequantise_linear, quantise_linear
-from ds_lowrank.states.rounding import copy_stochastic_, rounding_key
+from ds_lowrank.states.rounding import Place, copy_stochastic_, rounding_key
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -118,9 +118,9 @@ def test_stochastic_rounding_has_the_twins_bits(kernels, left):
     n, b = torch.randint(-4, 5, (rows, r)).float(), torch.randint(-4, 5, (short, r)).float()
     key, first, strides = rounding_key(1, "w", 7), 3 << 32, (1, 1000) if left else (1000, 1)
     expected = torch.empty_like(a)
-    copy_stochastic_(expected, a.float() - 2.0**-12 * (n @ b.mT), key, first, strides)
+    copy_stochastic_(expected, a.float() - 2.0**-12 * (n @ b.mT), Place(key, first, strides))
     found = a.to(DEVICE)
-    kernels["triton_lift"].lift_(found, n.to(DEVICE), b.to(DEVICE), 2.0**-12, 1.0, key, first, strides)
+    kernels["triton_lift"].lift_(found, n.to(DEVICE), b.to(DEVICE), 2.0**-12, 1.0, Place(key, first, strides))
     assert torch.equal(found.cpu(), expected)
     assert not torch.equal(expected, (a.float() - 2.0**-12 * (n @ b.mT)).bfloat16())
 

@@ -248,12 +248,21 @@ def test_an_optimizer_without_a_low_rank_group_says_so():
 
 def test_build_optimizer_passes_the_whole_configuration_on():
     options = {"rank": 2, "update_proj_gap": 7, "scale": 0.5, "selection": "dominant", "moments": "project"}
-    options |= {"seed": 5, "stagger": False, "wave_size": 3, "gram_dtype": "float32", "proj_type": "left"}
+    options |= {
+        "seed": 5,
+        "stagger": False,
+        "wave_size": 3,
+        "gram_dtype": "float32",
+        "proj_type": "left",
+        "state_dtype": "int8",
+        "basis_dtype": "int4",
+        "stochastic_rounding": True,
+    }
     optimizer = ds_lowrank.build_optimizer(nn.Sequential(nn.Linear(8, 8)), {**options, "lr": 0.5, "weight_decay": 0.1})
     spec, group = optimizer.matrix_specs[0], optimizer.param_groups[0]
     assert (spec.rank, spec.gap, spec.proj_type) == (2, 7, "left")
     assert (group["scale"], group["lr"], group["weight_decay"]) == (0.5, 0.5, 0.1)
-    for name in ("selection", "moments", "seed", "stagger", "wave_size", "gram_dtype"):
+    for name in ("selection", "moments", "seed", "stagger", "wave_size", "gram_dtype", "state_dtype", "basis_dtype"):
         assert getattr(optimizer.config, name) == options[name]
 
 
@@ -389,3 +398,48 @@ def test_a_step_without_any_gradient_says_what_may_be_wrong(caplog):
         optimizer.step()
     assert [r.message for r in caplog.records if "no parameter of the optimizer has a gradient" in r.message] != []
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("full_rank", [False, True])
+def test_small_updates_of_bf16_weights_are_not_lost(full_rank):
+    """Rounded to nearest a step below half a bf16 step moves nothing, ever; stochastically it does, on average."""
+    moved = {}
+    for rounding in (False, True):
+        projected, vector = nn.Parameter(torch.ones(40, 30).bfloat16()), nn.Parameter(torch.ones(900).bfloat16())
+        groups = [{"params": [("w", projected)], "rank": 4, "scale": 1.0}, {"params": [("v", vector)]}]
+        optimizer = LowRankAdamW(groups, lr=1e-4, stochastic_rounding=rounding, selection="dominant")
+        for _ in range(20):
+            projected.grad = torch.ones_like(projected)
+            vector.grad = torch.ones_like(vector)
+            optimizer.step()
+        tensor = vector if full_rank else projected
+        moved[rounding] = float((1 - tensor.detach().float()).mean())
+    wanted = 20 * 1e-4 * (1 if full_rank else 30**-0.5)
+    assert moved[False] == 0
+    assert abs(moved[True] / wanted - 1) < 0.2
+
+
+def test_bf16_weights_of_all_kinds_go_on_bitwise_after_a_load():
+    """torch's loader casts fp32 moments to the dtype of the weights."""
+
+    def build(w, v):
+        groups = [{"params": [("w", w)], "rank": 4}, {"params": [("v", v)]}]
+        return LowRankAdamW(groups, lr=0.01, stochastic_rounding=True, state_dtype="fp32")
+
+    def run(optimizer, w, v, steps):
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            w.grad, v.grad = (torch.randn(p.shape, generator=generator).bfloat16() for p in (w, v))
+            optimizer.step()
+
+    w, v = nn.Parameter(torch.randn(12, 9).bfloat16()), nn.Parameter(torch.randn(7).bfloat16())
+    optimizer = build(w, v)
+    run(optimizer, w, v, range(3))
+    assert optimizer.state[v]["exp_avg"].dtype == torch.float32
+    again_w, again_v = (nn.Parameter(p.detach().clone()) for p in (w, v))
+    again = build(again_w, again_v)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(optimizer, w, v, range(3, 7))
+    run(again, again_w, again_v, range(3, 7))
+    assert torch.equal(w, again_w)
+    assert torch.equal(v, again_v)

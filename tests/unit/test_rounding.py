@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ds_lowrank.states.rounding import Key, copy_stochastic_, random_bits, round_stochastic, rounding_key
+from ds_lowrank.states.rounding import Key, Place, copy_stochastic_, random_bits, round_stochastic, rounding_key
 
 
 def test_stochastic_rounding_is_unbiased_and_between_the_neighbours():
@@ -31,13 +31,13 @@ def test_bits_are_those_of_the_place_and_not_of_the_cut():
     key = rounding_key(3, "w", 4)
     x = torch.randn(9, 33)
     whole = torch.empty(9, 33, dtype=torch.bfloat16)
-    copy_stochastic_(whole, x, key, 0, (33, 1))
+    copy_stochastic_(whole, x, Place(key, 0, (33, 1)))
     for top, left in ((4, 0), (1, 20)):
         part = torch.empty(9 - top, 33 - left, dtype=torch.bfloat16)
-        copy_stochastic_(part, x[top:, left:], key, top * 33 + left, (33, 1))
+        copy_stochastic_(part, x[top:, left:], Place(key, top * 33 + left, (33, 1)))
         assert torch.equal(part, whole[top:, left:])
     turned = torch.empty(33, 9, dtype=torch.bfloat16)
-    copy_stochastic_(turned, x.mT, key, 0, (1, 33))
+    copy_stochastic_(turned, x.mT, Place(key, 0, (1, 33)))
     assert torch.equal(turned.mT, whole)
     others = [rounding_key(4, "w", 4), rounding_key(3, "v", 4), rounding_key(3, "w", 5)]
     index = torch.arange(64)
