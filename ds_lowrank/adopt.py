@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_lowrank.comm import Comm
 from ds_lowrank.layouts import Member
+from ds_lowrank.pieces import STATE_KEY
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState
 from ds_lowrank.step import LowRankStep
@@ -56,7 +57,34 @@ def adopt_states(
             )
 
 
-def check_names(saved: Sequence[Sequence[str] | None], members: Sequence[Member]) -> None:
+def take_entries(
+    state_dict: dict[str, Any], members: Sequence[Member], projected: set[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take the entries of projected parameters out of a state dict: torch's loader would cast them.
+
+    Args:
+        state_dict: one that is to be loaded.
+        members: of this optimizer, group by group.
+        projected: names of those that are projected.
+
+    Returns:
+        name -> entry, and the state dict without them; nothing is taken where states hang on a key of their own.
+
+    Raises:
+        ValueError: names are in another order, or an entry is empty.
+    """
+    state = state_dict["state"]
+    ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+    if STATE_KEY in state or len(ids) != len(members):
+        return {}, state_dict
+    _check_names([group.get("param_names") for group in state_dict["param_groups"]], members)
+    taken = {key: m.name for key, m in zip(ids, members) if m.name in projected and key in state}
+    loaded = {name: state[key] for key, name in taken.items()}
+    _check_entries(loaded)
+    return loaded, {**state_dict, "state": {k: v for k, v in state.items() if k not in taken}}
+
+
+def _check_names(saved: Sequence[Sequence[str] | None], members: Sequence[Member]) -> None:
     """Refuse a state whose parameters are in another order: torch's loaders go by their places.
 
     Args:
@@ -76,7 +104,7 @@ def check_names(saved: Sequence[Sequence[str] | None], members: Sequence[Member]
             )
 
 
-def check_entries(entries: Mapping[str, Any]) -> None:
+def _check_entries(entries: Mapping[str, Any]) -> None:
     """Refuse what ``StateDictOptions(flatten_optimizer_state_dict=True)`` leaves of low-rank states.
 
     Raises:

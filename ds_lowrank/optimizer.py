@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ds_lowrank.adopt import adopt_states, check_entries, check_names, own_entries
+from ds_lowrank.adopt import adopt_states, own_entries, take_entries
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.full_rank import MOMENTS, ensure_full_rank, rounded_stochastically, step_full_rank
@@ -431,17 +431,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         Args:
             state_dict: of this class, from the same kind of layout (:func:`ds_lowrank.load_checkpoint` takes any).
         """
-        loaded: dict[str, Any] = {}
-        state = state_dict["state"]
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        if STATE_KEY not in state and len(ids) == len(self._members):
-            projected = {spec.parameter for spec in self._specs}
-            check_names([group.get("param_names") for group in state_dict["param_groups"]], self._members)
-            # torch's loader would cast them to the dtype of the parameter.
-            loaded = {m.name: state[key] for key, m in zip(ids, self._members) if m.name in projected and key in state}
-            check_entries(loaded)
-            taken = {key for key, m in zip(ids, self._members) if m.name in loaded}
-            state_dict = {**state_dict, "state": {k: v for k, v in state.items() if k not in taken}}
+        loaded, state_dict = take_entries(state_dict, self._members, {spec.parameter for spec in self._specs})
         super().load_state_dict(state_dict)
         self._to_adopt = loaded
         for key, tensor in zip(ids, (p for group in self.param_groups for p in group["params"])):

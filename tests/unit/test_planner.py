@@ -64,7 +64,7 @@ def test_pieces_by_hand():
 def test_formats_by_hand():
     assert rows_bytes(10, 300, "fp32") == 12000
     assert rows_bytes(10, 300, "bf16") == 6000
-    assert rows_bytes(10, 300, "int8") == 10 * (300 + 2 * 4)
+    assert rows_bytes(10, 300, "int8") == 10 * (300 + 5 * 4)
     assert rows_bytes(2, 5, "int4") == 2 * (3 + 4)
     assert adamw8bit_bytes(4095) == 8 * 4095
     assert adamw8bit_bytes(4097) == 2 * (4097 + 17 * 4)
