@@ -119,7 +119,8 @@ def _load_wrong(case: Case, trouble: str) -> str:
     states = []
     for step in range(3):
         run.step([arguments(case, step, 0, rank)])
-        states.append(copy.deepcopy(run.optimizer.state_dict()))
+        # As DeepSpeed saves it: every rank its own rows. Here entries are by parameter, and whole.
+        states.append(copy.deepcopy(torch.optim.Optimizer.state_dict(run.optimizer)))
     state = states[-1]
     if trouble == "rank 0's":
         state = run.optimizer.comm.gather_objects(state["state"]["lowrank"])[0]
