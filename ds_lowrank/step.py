@@ -90,6 +90,12 @@ class LowRankStep:
         saved = saved_formats({key: value.dtype for key, value in state.items() if isinstance(value, Tensor)})
         if saved is not None and saved != self._formats.names:
             return f"{plan.name} {plan.shape} {self._formats.differ(*saved)}"
+        for key in _PLACE:
+            if key in state and key in expected and state[key] != expected[key]:
+                return (
+                    f"{plan.name} {plan.shape} holds {key} {state[key]} where this rank needs {expected[key]}: it is "
+                    "another rank's state, or another side was projected"
+                )
         if state.keys() != expected.keys():
             return f"{plan.name} {plan.shape} has {sorted(state)} where this run keeps {sorted(expected)}"
         for key, value in expected.items():
@@ -99,11 +105,6 @@ class LowRankStep:
                     is_like = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else repr(found)
                     return f"{key} of {plan.name} {plan.shape} is {is_like}, not {tuple(value.shape)} {value.dtype}"
                 state[key] = found.to(value.device)
-            elif key in _PLACE and found != value:
-                return (
-                    f"{plan.name} {plan.shape} holds {key} {found} where this rank needs {value}: it is another rank's "
-                    "state, or another side was projected"
-                )
         return None
 
     def run(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState], groups: Groups) -> None:
