@@ -320,14 +320,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         )
         for plan in self._plans:
             self.formats.check(plan.weight_dtype, plan.name)
-        self._refresher = Refresher(
-            comm,
-            config.selection,
-            config.moments,
-            config.seed,
-            gram_dtype_on(config.gram_dtype, layout.ranks.device),
-            self.formats,
-        )
+        gram_dtype = gram_dtype_on(config.gram_dtype, layout.ranks.device)
+        self._refresher = Refresher(comm, config.selection, config.moments, config.seed, gram_dtype, self.formats)
         if config.stochastic_rounding:
             shapes = {m.name: m.shape for m in members}
             self._full_rank_options["rounding"] = rounded_stochastically(layout, shapes, config.seed)

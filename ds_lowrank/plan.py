@@ -27,7 +27,7 @@ from ds_lowrank.comm import Comm
 from ds_lowrank.geometry import Box, Part, part_of
 from ds_lowrank.layouts.base import Layout, LayoutError, Piece
 from ds_lowrank.specs import MatrixSpec
-from ds_lowrank.subspace.schedule import deal_owners, phases, waves
+from ds_lowrank.subspace.schedule import deal_owners, phases, refresh_cost, waves
 from ds_lowrank.subspace.sides import Side, projected_side
 
 
@@ -271,8 +271,10 @@ def _schedule(specs: Sequence[MatrixSpec], stagger: bool, wave_size: int) -> lis
     result = [(0, 0)] * len(specs)
     for gap in {s.gap for s in specs}:
         places = [j for j, s in enumerate(specs) if s.gap == gap]
-        when = phases(len(places), gap, wave_size, stagger)
-        for j, phase, wave in zip(places, when, waves(len(places), wave_size)):
+        sides = [projected_side(specs[j].shape, specs[j].proj_type) for j in places]
+        shapes = [specs[j].shape if side == "right" else specs[j].shape[::-1] for j, side in zip(places, sides)]
+        costs = [refresh_cost(*shape) for shape in shapes]
+        for j, phase, wave in zip(places, phases(costs, gap, wave_size, stagger), waves(costs, wave_size)):
             result[j] = (phase, wave)
     return result
 

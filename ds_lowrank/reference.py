@@ -49,13 +49,29 @@ class Reference:
         self.weight_decay, self.scale, self.gap = weight_decay, scale, gap
         self.selection, self.moments, self.seed = selection, moments, seed
         self.matrices: dict[str, dict] = {}
-        waves = -(-len(ranks) // wave_size) if stagger else 1
-        for j, (name, r) in enumerate(ranks.items()):
+        for name, r in ranks.items():
             m, n = weights[name].shape
             right = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False}[side]
-            phase = (j % waves) * gap // waves
-            self.matrices[name] = {"r": min(r, m, n), "right": right, "phase": phase, "t": 0, "refreshes": 0}
+            self.matrices[name] = {"r": min(r, m, n), "right": right, "phase": 0, "t": 0, "refreshes": 0}
+        if stagger:
+            self.spread(-(-len(ranks) // wave_size))
         self.plain = {name: {"t": 0} for name in weights if name not in ranks}
+
+    def spread(self, waves: int) -> None:
+        """Wave w has the phase ⌊w τ / W⌋; of W neighbours, the costliest goes to the wave that has the least so far."""
+        names, filled = list(self.matrices), [(0, wave) for wave in range(waves)]
+        while names:
+            neighbours, names = names[:waves], names[waves:]
+            work = {}
+            for name in neighbours:
+                m, n = self.weights[name].shape
+                short = n if self.matrices[name]["right"] else m
+                work[name] = m * n * short + 5 * short**3
+            filled.sort()
+            for place, name in enumerate(sorted(neighbours, key=work.__getitem__, reverse=True)):  # stable
+                load, wave = filled[place]
+                self.matrices[name]["phase"] = wave * self.gap // waves
+                filled[place] = (load + work[name], wave)
 
     @torch.no_grad()
     def step(self, gradients: dict[str, Tensor]) -> None:

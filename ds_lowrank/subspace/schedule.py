@@ -9,23 +9,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def phases(matrices: int, gap: int, wave_size: int, stagger: bool) -> list[int]:
-    """Phase of every matrix in the model's parameter order.
+def phases(costs: Sequence[int], gap: int, wave_size: int, stagger: bool) -> list[int]:
+    """Phase of every matrix in the model's parameter order: ⌊w · gap / W⌋ for the matrices of wave w of W.
 
-    Matrix j is in wave j mod W, W = ⌈matrices / wave_size⌉, so that neighbours in the model (which one rank tends to
-    hold) fall into different waves; wave w has the phase ⌊w · gap / W⌋. Without ``stagger`` every phase is 0, as in
-    the papers.
+    Without ``stagger`` every phase is 0, as in the papers.
     """
-    if not stagger or matrices == 0:
-        return [0] * matrices
-    count = -(-matrices // wave_size)
-    return [wave * gap // count for wave in waves(matrices, wave_size)]
+    count = _count(costs, wave_size)
+    return [wave * gap // count if stagger else 0 for wave in waves(costs, wave_size)]
 
 
-def waves(matrices: int, wave_size: int) -> list[int]:
-    """Wave of every matrix: j mod W. It bounds what is refreshed at once also where all phases are 0."""
-    count = max(1, -(-matrices // wave_size))
-    return [j % count for j in range(matrices)]
+def waves(costs: Sequence[int], wave_size: int) -> list[int]:
+    """Wave of every matrix; it bounds what is refreshed at once also where all phases are 0.
+
+    Each run of W = ⌈matrices / wave_size⌉ neighbours in the model gives one matrix to every wave, so that neighbours
+    (which one rank tends to hold) are in different waves; the costliest goes to the wave with the least so far. Taking
+    every W-th matrix instead would fill a wave with matrices of one kind where W is a multiple of a layer's.
+
+    Args:
+        costs: of refreshing each matrix: :func:`refresh_cost`.
+        wave_size: the most matrices in a wave.
+    """
+    count = _count(costs, wave_size)
+    load, wave = [0] * count, [0] * len(costs)
+    for start in range(0, len(costs), count):
+        run = sorted(range(start, min(start + count, len(costs))), key=lambda j: (-costs[j], j))
+        for j, w in zip(run, sorted(range(count), key=lambda w: (load[w], w))):
+            wave[j] = w
+            load[w] += costs[j]
+    return wave
+
+
+def refresh_cost(long: int, short: int) -> int:
+    """Roughly the multiplications of a refresh: the Gram's long · short², and some 5 short³ for the eigenvectors."""
+    return short * short * (long + 5 * short)
+
+
+def _count(costs: Sequence[int], wave_size: int) -> int:
+    return max(1, -(-len(costs) // wave_size))
 
 
 def is_due(step: int, phase: int, gap: int) -> bool:

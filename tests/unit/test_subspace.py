@@ -7,7 +7,7 @@ from ds_lowrank.rules.adamw import adamw_direction_
 from ds_lowrank.subspace import spectrum as spectrum_module
 from ds_lowrank.subspace.basis import carry_moments_, draw_basis, overlap
 from ds_lowrank.subspace.project import gram, lift_, project
-from ds_lowrank.subspace.schedule import is_due, phases
+from ds_lowrank.subspace.schedule import is_due, phases, refresh_cost, waves
 from ds_lowrank.subspace.sides import as_rows, projected_side
 from ds_lowrank.subspace.spectrum import fix_signs, spectrum
 
@@ -166,9 +166,22 @@ def test_unknown_side_is_refused():
         projected_side((2, 2), "full")
 
 
-def test_waves_are_strided_and_spread_evenly():
-    assert phases(20, 100, 8, True) == [0, 33, 66] * 6 + [0, 33]
-    assert phases(20, 100, 8, False) == [0] * 20
-    assert phases(3, 100, 8, True) == [0, 0, 0]
-    assert phases(0, 100, 8, True) == []
+def test_equal_waves_take_every_wth_matrix():
+    assert phases([1] * 20, 100, 8, True) == [0, 33, 66] * 6 + [0, 33]
+    assert phases([1] * 20, 100, 8, False) == [0] * 20
+    assert phases([1] * 3, 100, 8, True) == [0, 0, 0]
+    assert phases([], 100, 8, True) == []
+
+
+def test_waves_cost_the_same_where_they_are_as_many_as_a_layer_has_matrices():
+    layer = [refresh_cost(*shape) for shape in [(512, 512)] * 4 + [(1376, 512)] * 3]
+    wave = waves(layer * 8, 8)
+    assert max(wave) == 6
+    for start in range(0, 56, 7):
+        assert sorted(wave[start : start + 7]) == list(range(7))
+    loads = [sum(cost for cost, of in zip(layer * 8, wave) if of == w) for w in range(7)]
+    assert max(loads) - min(loads) <= layer[-1] - layer[0]
+
+
+def test_a_matrix_refreshes_at_its_first_step_and_then_in_its_phase():
     assert [t for t in range(12) if is_due(t, 3, 4)] == [0, 3, 7, 11]
