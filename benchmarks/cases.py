@@ -54,6 +54,7 @@ class Case:
         rank: r.
         selection, moments, gap, wave_size, proj_type, shard_projection: options of the optimizer.
         state_dtype, basis_dtype: of the optimizer; the reference rounds what it keeps to them.
+        stochastic_rounding: bf16 weights without an fp32 master copy, with ``dtype`` bf16.
         steps: optimizer steps.
         accumulation: micro-steps a step.
         clip: gradient norm.
@@ -80,6 +81,7 @@ class Case:
     shard_projection: bool = True
     state_dtype: str = "fp32"
     basis_dtype: str = "fp32"
+    stochastic_rounding: bool = False
     steps: int = 10
     accumulation: int = 2
     clip: float = 0.3
@@ -94,10 +96,11 @@ class Case:
 
     @property
     def model_dtype(self) -> torch.dtype:
-        """Of the model before any framework has it: ZeRO keeps an fp32 master of bf16 weights."""
+        """Of the model before any framework has it: ZeRO keeps an fp32 master of bf16 weights unless told otherwise."""
         if self.dtype == "fp64":
             return torch.float64
-        return torch.bfloat16 if self.dtype == "bf16" and self.layout.startswith("zero") else torch.float32
+        narrow = self.dtype == "bf16" and (self.layout.startswith("zero") or self.stochastic_rounding)
+        return torch.bfloat16 if narrow else torch.float32
 
     @property
     def options(self) -> dict[str, Any]:
@@ -112,6 +115,7 @@ class Case:
             "shard_projection": self.shard_projection,
             "state_dtype": self.state_dtype,
             "basis_dtype": self.basis_dtype,
+            "stochastic_rounding": self.stochastic_rounding,
             "seed": 3,
             "gram_dtype": "float64",
             "lr": 0.02,

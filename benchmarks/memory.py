@@ -6,24 +6,29 @@
 LLaMA-60M under every layout on 1, 2 and 4 gloo ranks, after a step: ``share`` is the rank's part of the total over
 ranks, ``of_even_part`` what it holds over an N-th of what one rank alone holds; under 1.05 means that the state is
 shared out and nothing of it repeated. What DDP itself repeats it shows too: full-rank moments of parameters that are
-not projected. Then one LLaMA-130M layer on one process beside its peers: ``ratio_to_adamw``. Every figure counts unique
-storages, so that a view counts as all that it keeps alive.
+not projected. Before that one layer of LLaMA-130M and of LLaMA-1B at r = h/4 on one process, ours in every format
+beside its peers: ``ratio_to_adamw``. Every figure counts unique storages, so that a view counts as all that it keeps
+alive.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from harness import start
 from llama import Llama, Setting
 from rank_pool import RankPool
-from step import LAYERS, _adamw, _galore, _ours
+from step import ADAMW, LAYERS, Contestant, Shapes, _adamw, _galore, _ours, _weights
 from storage import state_bytes
 from table import Row, json_argument, show
 
 LAYOUTS = ("zero2", "zero3", "fsdp2", "ddp")
+FORMATS = (("fp32", "fp32"), ("bf16", "bf16"), ("int8", "bf16"), ("int8", "int8"), ("int8", "int4"))
 
 
 def main() -> None:
@@ -92,18 +97,32 @@ def measure(layout: str, rank: int) -> dict[str, int]:
 
 
 def layer_rows() -> list[Row]:
-    """One LLaMA-130M layer at r = h/4 in fp32, beside AdamW and galore-torch."""
-    hidden, inner, rank = LAYERS["130m"]
-    shapes = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
-    held = {}
-    for what, (optimizer, _) in {
-        "AdamW": _adamw(shapes, "cpu"),
-        "galore-torch": _galore(shapes, rank, "cpu"),
-        "ours": _ours(shapes, rank, "cpu", "float32"),
-    }.items():
-        optimizer.step()
-        held[what] = state_bytes(optimizer.state)
-    return [_row("llama-130m layer", 1, 0, what, n, 1.0, None, n / held["AdamW"]) for what, n in held.items()]
+    """One layer of LLaMA-130M and of LLaMA-1B at r = h/4, beside AdamW, 8-bit AdamW and galore-torch, all in fp32."""
+    rows = []
+    for name, (hidden, inner, rank) in LAYERS.items():
+        shapes = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
+        contestants: dict[str, Callable[[], Contestant]] = {"AdamW": partial(_adamw, shapes, "cpu")}
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            contestants["bitsandbytes AdamW8bit"] = partial(_adamw_8bit, shapes)
+        contestants["galore-torch"] = partial(_galore, shapes, rank, "cpu")
+        ours = partial(_ours, shapes, rank, "cpu", "float32")
+        for moments, bases in FORMATS:
+            key = f"ours, {moments} moments, {bases} bases"
+            contestants[key] = partial(ours, state_dtype=moments, basis_dtype=bases)
+        held: dict[str, int] = {}
+        for what, build in contestants.items():
+            optimizer, _ = build()
+            optimizer.step()
+            held[what] = state_bytes(optimizer.state)
+            print(f"llama-{name} layer, {what}: {held[what] / held['AdamW']:.3f}", flush=True)
+        rows += [_row(f"llama-{name} layer", 1, 0, what, n, 1.0, None, n / held["AdamW"]) for what, n in held.items()]
+    return rows
+
+
+def _adamw_8bit(shapes: Shapes) -> Contestant:
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(_weights(shapes, "cpu"), **ADAMW), None
 
 
 def _row(

@@ -104,17 +104,40 @@ def moves() -> Iterator[Move]:
             (("one", 1), ("zero3", 4)),
         ):
             yield Move(before, after, dtype, "any")
+    yield from low_bit_moves()
+
+
+def low_bit_moves() -> Iterator[Move]:
+    """Moments and bases in 8 bits; bf16 weights without a master copy, rounded stochastically."""
+    int8 = (("state_dtype", "int8"), ("basis_dtype", "int8"))
+    rounded = (("stochastic_rounding", True), ("state_dtype", "int8"), ("basis_dtype", "bf16"))
+    for place in (("one", 1), ("ddp", 2), ("zero1", 2), ("zero2", 4), ("zero3", 3), ("fsdp2", 3), ("hsdp", 4)):
+        yield Move(place, place, settings=int8)
+    yield Move(("fsdp2", 2), ("fsdp2", 3), settings=int8)
+    for before, after in (
+        (("zero2", 4), ("fsdp2", 2)),
+        (("zero1", 2), ("zero3", 3)),
+        (("zero3", 3), ("ddp", 2)),
+        (("fsdp2", 3), ("zero2", 2)),
+        (("one", 1), ("zero3", 4)),
+    ):
+        yield Move(before, after, how="any", settings=int8)
+    for place in (("one", 1), ("ddp", 2), ("fsdp2", 3), ("hsdp", 4)):
+        yield Move(place, place, "bf16", settings=rounded)
+    yield Move(("fsdp2", 3), ("fsdp2", 2), "bf16", settings=rounded)
+    yield Move(("fsdp2", 2), ("ddp", 3), "bf16", "any", settings=rounded)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layouts", nargs="+", help="only rows in which one of these layouts takes part")
     parser.add_argument("--no-real", action="store_true", help="leave the 1376 x 512 matrices out")
+    parser.add_argument("--low-bit", action="store_true", help="only the rows of narrow states and weights")
     json_argument(parser)
     args = parser.parse_args()
     pools = {ranks: RankPool(ranks, timeout=300) for ranks in (1, 2, 3, 4)}
     rows = []
-    for move in moves():
+    for move in low_bit_moves() if args.low_bit else moves():
         if args.layouts and not {move.before[0], move.after[0]} & set(args.layouts):
             continue
         rows.append(row(pools, move, not args.no_real))

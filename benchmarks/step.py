@@ -141,10 +141,10 @@ def _galore(shapes: Shapes, rank: int, device: str) -> Contestant:
     return optimizer, make_due
 
 
-def _ours(shapes: Shapes, rank: int, device: str, gram_dtype: str) -> Contestant:
+def _ours(shapes: Shapes, rank: int, device: str, gram_dtype: str, **formats: Any) -> Contestant:
     named = [(f"w{k}", weight) for k, weight in enumerate(_weights(shapes, device))]
     group = {"params": named, "rank": rank, "update_proj_gap": GAP, "scale": 0.25}
-    optimizer = LowRankAdamW([group], **ADAMW, stagger=False, gram_dtype=gram_dtype)
+    optimizer = LowRankAdamW([group], **ADAMW, stagger=False, gram_dtype=gram_dtype, **formats)
 
     def make_due() -> None:
         for state in optimizer.state[STATE_KEY].values():  # type: ignore[index]
