@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.planner.formats import rows_bytes
 from ds_lowrank.step import batches_of, waves_of
-from ds_lowrank.subspace.project import GRAM_CHUNK_ROWS
+from ds_lowrank.subspace.project import widened_rows
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def _matrix(plan: MatrixPlan, rank: int, formats: tuple[str, str, bool]) -> int:
     moments = 0 if state_dtype == "fp32" or offload else 2 * product  # widened where they lie
     cast = 0
     if plan.weight_dtype.itemsize < width and share.view is not None:
-        # Gradients are widened for the product; weights for the lift, which makes a second copy.
-        cast = 2 * share.view.numel * width
+        # Gradients are widened for the product, weights for the lift: some rows at a time.
+        cast = min(share.view.numel, widened_rows(plan.short) * plan.short) * width
     if offload and share.view is not None:
         cast += 2 * share.view.numel * plan.weight_dtype.itemsize
     return product * blocks + joining + moments + cast
@@ -160,7 +160,7 @@ def _wave(plans: Sequence[MatrixPlan], rank: int, formats: tuple[str, str, bool]
     received = sum(square[p.name] * len(p.witnesses) for p in owned if p in few)
     summed = sum(square[p.name] for p in owned if p in few)
     narrow = max(
-        (min(GRAM_CHUNK_ROWS, p.long) * p.short * g for p in [*mine, *alone] if g != p.dtype.itemsize), default=0
+        (min(widened_rows(p.short), p.long) * p.short * g for p in [*mine, *alone] if g != p.dtype.itemsize), default=0
     )
     second = max((square[p.name] for p in [*mine, *alone] if _blocks(p, rank) == 2), default=0)
     computing = grams + passing + 2 * made + received + narrow + second

@@ -10,7 +10,7 @@ domain), in integers, so that torch and Triton have the same bits.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,10 @@ class Place:
     key: Key
     first: int
     strides: tuple[int, int]
+
+    def below(self, rows: int) -> Place:
+        """Place of what is left of the part without its first ``rows``."""
+        return replace(self, first=self.first + rows * self.strides[0])
 
 
 def rounding_key(seed: int, name: str, step: int) -> Key:

@@ -10,9 +10,14 @@ from torch import Tensor
 from ds_lowrank.kernels import fused
 from ds_lowrank.states.rounding import Place, copy_stochastic_
 
-# Rows of a gradient that are widened to the Gram's dtype at once: no full-size copy is ever made.
-GRAM_CHUNK_ROWS = 2048
+# No full-size copy is ever made: rows of a matrix that are widened at once.
+_WIDENED_ROWS = 2048
 _GRAM_BLOCK_COLUMNS = 128
+
+
+def widened_rows(short: int) -> int:
+    """Of how many rows a wider copy is made at a time: no more than a Gram has, but enough for a product to be fast."""
+    return min(_WIDENED_ROWS, max(256, short))
 
 
 def gram(a: Tensor, dtype: torch.dtype) -> Tensor:
@@ -30,11 +35,12 @@ def gram(a: Tensor, dtype: torch.dtype) -> Tensor:
     # Symmetric: of blocks of columns only those on and above the diagonal are computed, the rest is their mirror image.
     blocks = max(1, min(4, short // _GRAM_BLOCK_COLUMNS))
     cuts = [short * k // blocks for k in range(blocks + 1)]
-    for first, rows in enumerate(a.split(GRAM_CHUNK_ROWS)):
+    for first, rows in enumerate(a.split(widened_rows(short))):
         wide = rows.to(dtype)
         for left, right in itertools.pairwise(cuts):
             # beta = 0 does not read what lies there.
             out[left:right, left:].addmm_(wide[:, left:right].mT, wide[:, left:], beta=0 if first == 0 else 1)
+        del wide  # before the next is made
     if not len(a):
         return out.zero_()
     for left, right in itertools.pairwise(cuts):
@@ -52,7 +58,13 @@ def project(a: Tensor, basis: Tensor) -> Tensor:
     Returns:
         rows × r in the basis' dtype.
     """
-    return a.to(basis.dtype) @ basis
+    if a.dtype == basis.dtype:
+        return a @ basis
+    out = basis.new_empty(a.shape[0], basis.shape[1])
+    chunk = widened_rows(a.shape[1])
+    for rows, product in zip(a.split(chunk), out.split(chunk)):
+        torch.mm(rows.to(basis.dtype), basis, out=product)
+    return out
 
 
 def lift_(
@@ -66,7 +78,6 @@ def lift_(
         basis: B, short × r, the dtype of ``direction``.
         step_size: learning rate times scale.
         keep: 1 − learning rate · weight decay; 0 overwrites ``a`` (its old content is not read, NaN included).
-
         place: where A is in its matrix: bf16 weights are rounded stochastically then.
 
     A dtype narrower than the basis' is computed in the basis' dtype and rounded once, to nearest without a ``place``.
@@ -78,7 +89,11 @@ def lift_(
 
         triton_lift.lift_(a, direction, basis, step_size, keep, place)
     else:
-        round_(a, torch.addmm(a.to(basis.dtype), direction, basis.mT, beta=keep, alpha=-step_size), place)
+        chunk = widened_rows(a.shape[1])
+        for k, (rows, part) in enumerate(zip(a.split(chunk), direction.split(chunk))):
+            wide = rows.to(basis.dtype).addmm_(part, basis.mT, beta=keep, alpha=-step_size)
+            round_(rows, wide, place and place.below(k * chunk))
+            del wide  # before the next is made
 
 
 def round_(a: Tensor, wide: Tensor, place: Place | None) -> None:

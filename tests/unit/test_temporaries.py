@@ -1,0 +1,47 @@
+"""What a step holds for a moment beside weights, gradients and states: never something of a matrix's size."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from tracker import Tracker
+
+import ds_lowrank
+
+SHAPES = {"tall": (6000, 128), "wide": (128, 6000), "square": (300, 300)}
+SMALL = 16384  # counters, indices, random numbers of a draw
+
+
+def peak(shape: tuple[int, int], rank: int, gap: int, dtype: torch.dtype, gram_dtype: str = "float32") -> int:
+    """Most bytes alive during the third step beyond what there is before it."""
+    with Tracker() as tracker:
+        weight = torch.nn.Parameter(torch.randn(shape).to(dtype))
+        group = {"params": [("w", weight)], "rank": rank, "update_proj_gap": gap}
+        optimizer = ds_lowrank.LowRankAdamW([group], gram_dtype=gram_dtype)
+        for _ in range(3):
+            weight.grad = torch.randn(shape).to(dtype)
+            gc.collect()
+            before = tracker.alive
+            tracker.restart()
+            optimizer.step()
+    return tracker.peak - before
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_ordinary_step_holds_one_projection(shape, dtype):
+    long, short = max(SHAPES[shape]), min(SHAPES[shape])
+    projection = 4 * long * 32
+    widened = 0 if dtype == torch.float32 else 4 * max(256, short) * short  # of gradients, then of weights
+    assert projection <= peak(SHAPES[shape], 32, 100, dtype) <= projection + widened + SMALL
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gram_dtype", ["float32", "float64"])
+def test_a_refresh_holds_four_grams(shape, gram_dtype):
+    """While eigenvectors are computed two of the four are ``syevd``'s workspace, which is not allocated by torch."""
+    square = min(SHAPES[shape]) ** 2 * (4 if gram_dtype == "float32" else 8)
+    found = peak(SHAPES[shape], 8, 1, torch.float32, gram_dtype)
+    assert 2 * square <= found <= 4 * square + SMALL
