@@ -54,7 +54,8 @@ def find_places(model: Model, config: LowRankConfig, setup: Setup) -> Places:
     ranks = setup.ranks
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*clamped to.*")
-        made = param_groups(model.module, config, ranks=ranks)
+        # Only DeepSpeed's groups are split, see param_groups.
+        made = param_groups(model.module, config, ranks=ranks if setup.kind.startswith("zero") else None)
         groups = [{name: tuple(p.shape) for name, p in group["params"]} for group in made]
         specs = [
             spec
