@@ -49,11 +49,13 @@ class Case:
     Attributes:
         layout: one of ``harness.LAYOUTS``.
         dtype: ``fp32``, ``bf16`` (computation; the optimizer's weights are fp32) or ``fp64`` (not under DeepSpeed).
+        master: with ``bf16``, the optimizer's weights are fp32; otherwise there are bf16 weights alone.
         shapes: key of ``SHAPES``.
         layers: how often the shapes are repeated; 5 divides by none of 2, 3, 4 ranks, so matrices are cut.
         rank: r.
         selection, moments, gap, wave_size, proj_type, shard_projection: options of the optimizer.
         state_dtype, basis_dtype: of the optimizer; the reference rounds what it keeps to them.
+        stochastic_rounding: of weights without a master; the reference knows nothing of it.
         steps: optimizer steps.
         accumulation: micro-steps a step.
         clip: gradient norm.
@@ -69,6 +71,7 @@ class Case:
 
     layout: str = "zero2"
     dtype: str = "fp32"
+    master: bool = True
     shapes: str = "small"
     layers: int = 5
     rank: int = 4
@@ -80,6 +83,7 @@ class Case:
     shard_projection: bool = True
     state_dtype: str = "fp32"
     basis_dtype: str = "fp32"
+    stochastic_rounding: bool = False
     steps: int = 10
     accumulation: int = 2
     clip: float = 0.3
@@ -97,7 +101,8 @@ class Case:
         """Of the model before any framework has it: ZeRO keeps an fp32 master of bf16 weights."""
         if self.dtype == "fp64":
             return torch.float64
-        return torch.bfloat16 if self.dtype == "bf16" and self.layout.startswith("zero") else torch.float32
+        narrow = self.layout.startswith("zero") or not self.master
+        return torch.bfloat16 if self.dtype == "bf16" and narrow else torch.float32
 
     @property
     def options(self) -> dict[str, Any]:
@@ -112,6 +117,7 @@ class Case:
             "shard_projection": self.shard_projection,
             "state_dtype": self.state_dtype,
             "basis_dtype": self.basis_dtype,
+            "stochastic_rounding": self.stochastic_rounding,
             "seed": 3,
             "gram_dtype": "float64",
             "lr": 0.02,
