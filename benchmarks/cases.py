@@ -49,12 +49,13 @@ class Case:
     Attributes:
         layout: one of ``harness.LAYOUTS``.
         dtype: ``fp32``, ``bf16`` (computation; the optimizer's weights are fp32) or ``fp64`` (not under DeepSpeed).
+        master: with ``bf16``, the optimizer's weights are fp32; otherwise there are bf16 weights alone.
         shapes: key of ``SHAPES``.
         layers: how often the shapes are repeated; 5 divides by none of 2, 3, 4 ranks, so matrices are cut.
         rank: r.
         selection, moments, gap, wave_size, proj_type, shard_projection: options of the optimizer.
         state_dtype, basis_dtype: of the optimizer; the reference rounds what it keeps to them.
-        stochastic_rounding: bf16 weights without an fp32 master copy, with ``dtype`` bf16.
+        stochastic_rounding: of weights without a master; the reference knows nothing of it.
         steps: optimizer steps.
         accumulation: micro-steps a step.
         clip: gradient norm.
@@ -70,6 +71,7 @@ class Case:
 
     layout: str = "zero2"
     dtype: str = "fp32"
+    master: bool = True
     shapes: str = "small"
     layers: int = 5
     rank: int = 4
@@ -99,8 +101,8 @@ class Case:
         """Of the model before any framework has it: ZeRO keeps an fp32 master of bf16 weights unless told otherwise."""
         if self.dtype == "fp64":
             return torch.float64
-        narrow = self.dtype == "bf16" and (self.layout.startswith("zero") or self.stochastic_rounding)
-        return torch.bfloat16 if narrow else torch.float32
+        narrow = self.layout.startswith("zero") or not self.master
+        return torch.bfloat16 if self.dtype == "bf16" and narrow else torch.float32
 
     @property
     def options(self) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Case(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
+    def master(self) -> bool: ...
+    @property
     def accumulation(self) -> int: ...
     @property
     def clip(self) -> float: ...
@@ -118,6 +120,9 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
         zero.update(stage3_param_persistence_threshold=0, sub_group_size=1_500, stage3_prefetch_bucket_size=0)
     if case.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
+    bf16: dict[str, Any] = {"enabled": case.dtype == "bf16"}
+    if not case.master:
+        bf16.update(bf16_master_weights_and_grads=True, bf16_optimizer_states=True)
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": case.accumulation,
@@ -125,7 +130,7 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": case.dtype == "bf16"},
+        "bf16": bf16,
         "zero_optimization": {**zero, **case.zero},
         "lowrank": case.options,
         **case.config,

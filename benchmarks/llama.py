@@ -39,6 +39,7 @@ class Setting:
         }
     )
     dtype: str = "fp32"
+    master: bool = True
     accumulation: int = 1
     clip: float = 0.0
     offload: bool = False

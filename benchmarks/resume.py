@@ -69,7 +69,16 @@ class Move:
         config: dict[str, Any] = {}
         if layout.startswith("zero") and self.dtype == "bf16":
             config = {"data_types": {"grad_accum_dtype": "fp32"}}
-        case = Case(layout, self.dtype, name, layers, rank, gap=3, accumulation=MICRO_BATCHES // ranks, config=config)
+        case = Case(
+            layout,
+            self.dtype,
+            shapes=name,
+            layers=layers,
+            rank=rank,
+            gap=3,
+            accumulation=MICRO_BATCHES // ranks,
+            config=config,
+        )
         settings = {k: v for k, v in self.settings if k != "offload" or layout.startswith("zero")}
         return replace(case, moments="project" if rank == 4 else "keep", **settings)
 
@@ -110,7 +119,7 @@ def moves() -> Iterator[Move]:
 def low_bit_moves() -> Iterator[Move]:
     """Moments and bases in 8 bits; bf16 weights without a master copy, rounded stochastically."""
     int8 = (("state_dtype", "int8"), ("basis_dtype", "int8"))
-    rounded = (("stochastic_rounding", True), ("state_dtype", "int8"), ("basis_dtype", "bf16"))
+    rounded = (("master", False), ("stochastic_rounding", True), ("state_dtype", "int8"), ("basis_dtype", "bf16"))
     for place in (("one", 1), ("ddp", 2), ("zero1", 2), ("zero2", 4), ("zero3", 3), ("fsdp2", 3), ("hsdp", 4)):
         yield Move(place, place, settings=int8)
     yield Move(("fsdp2", 2), ("fsdp2", 3), settings=int8)
@@ -122,10 +131,15 @@ def low_bit_moves() -> Iterator[Move]:
         (("one", 1), ("zero3", 4)),
     ):
         yield Move(before, after, how="any", settings=int8)
-    for place in (("one", 1), ("ddp", 2), ("fsdp2", 3), ("hsdp", 4)):
+    for place in (("one", 1), ("ddp", 2), ("zero1", 2), ("zero2", 3), ("zero3", 3), ("fsdp2", 3), ("hsdp", 4)):
         yield Move(place, place, "bf16", settings=rounded)
     yield Move(("fsdp2", 3), ("fsdp2", 2), "bf16", settings=rounded)
-    yield Move(("fsdp2", 2), ("ddp", 3), "bf16", "any", settings=rounded)
+    for before, after in (
+        (("zero2", 2), ("zero3", 3)),
+        (("zero3", 3), ("fsdp2", 2)),
+        (("fsdp2", 2), ("ddp", 3)),
+    ):
+        yield Move(before, after, "bf16", "any", settings=rounded)
 
 
 def main() -> None:

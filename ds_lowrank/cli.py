@@ -46,7 +46,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulation", type=int, help="micro-steps a step; default: the DeepSpeed JSON's, or 1")
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: the DeepSpeed JSON's, or bf16")
-    parser.add_argument("--master_dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: no fp32 master")
+    parser.add_argument(
+        "--master_dtype", choices=("fp32", "bf16"), help="bf16: no fp32 master; default: the DeepSpeed JSON's, or fp32"
+    )
     parser.add_argument("--rank", type=int, help="default: that of the configuration's lowrank block")
     parser.add_argument("--state_dtype", choices=("fp32", "bf16", "int8"), default="fp32", help="of low-rank moments")
     parser.add_argument("--basis_dtype", choices=("fp32", "bf16", "int8", "int4"), default="fp32")

@@ -44,8 +44,8 @@ class LowRankConfig:
         state_dtype: how moments are kept: ``fp32`` (float64 for float64 weights), ``bf16``, or ``int8``: codes in
             blocks of 64 within a row, with a scale each; moments of other parameters are in bf16 then.
         basis_dtype: how bases are kept: ``fp32``, ``bf16``, ``int8``, or ``int4``.
-        stochastic_rounding: of weights that are bf16 without an fp32 master copy (FSDP2, DDP, one process), where
-            updates smaller than half a step would be lost.
+        stochastic_rounding: of weights that are bf16 without an fp32 master copy (FSDP2, DDP, one process, DeepSpeed
+            with ``bf16_master_weights_and_grads``), where updates smaller than half a step would be lost.
         layerwise: step in the backward pass and free each gradient at once (FSDP2, DDP, one process; no clipping of
             the gradient norm, which would need all gradients).
         accumulation_steps: backward passes a step, read by ``layerwise`` only; the Trainer's are taken there.

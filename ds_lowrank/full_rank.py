@@ -7,6 +7,7 @@ int8: ZeRO cuts its flat buffers anywhere, so blocks of a scale each would depen
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ds_lowrank.layouts import Layout, LayoutError, local_tensors
-from ds_lowrank.states.rounding import random_bits, round_stochastic, rounding_key
+from ds_lowrank.layouts import BF16_MASTER, Layout, LayoutError, Piece, local_tensors
+from ds_lowrank.states.rounding import PART, random_bits, round_stochastic, rounding_key
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -51,38 +52,59 @@ def ensure_full_rank(params: Iterable[Tensor], states: MutableMapping[Any, Any],
 Rounding = Callable[[Tensor, int, Tensor, Tensor, int], None]
 
 
-def rounded_stochastically(layout: Layout, shapes: Mapping[str, tuple[int, ...]], seed: int) -> Rounding:
+def weight_rounding(layout: Layout, shapes: Mapping[str, tuple[int, ...]], seed: int | None) -> Rounding | None:
     """Writes bf16 weights that are not projected, rounded by bits that depend on their place in the whole parameter.
 
     Args:
-        layout: one in which a tensor of the groups is a part of one parameter.
+        layout: any.
         shapes: name -> whole shape.
-        seed: see :func:`ds_lowrank.states.rounding.rounding_key`.
+        seed: see :func:`ds_lowrank.states.rounding.rounding_key`; ``None``: they are rounded to nearest, with a
+            warning where there are any.
 
     Raises:
-        ds_lowrank.LayoutError: no weight that the optimizer is given is bf16, or flat buffers hold them.
+        ds_lowrank.LayoutError: there is a seed, and no weight that the optimizer is given is bf16.
     """
     dtypes = {layout.dtype(name) for name in shapes}
-    if not layout.by_parameter or torch.bfloat16 not in dtypes:
+    if seed is None:
+        if torch.bfloat16 in dtypes and layout.ranks.rank == 0:
+            warnings.warn(
+                "the weights are bf16 without an fp32 master copy and are rounded to nearest: updates smaller than "
+                "half a step of bf16 are lost. Set stochastic_rounding, or keep an fp32 master copy",
+                stacklevel=2,
+            )
+        return None
+    if torch.bfloat16 not in dtypes:
+        remedy = "convert the model to bf16" if layout.by_parameter else f"set {BF16_MASTER} in its configuration"
         raise LayoutError(
-            "stochastic_rounding is for bf16 weights without an fp32 master copy, under FSDP2, DDP and on one process: "
-            f"{layout.kind} gives the optimizer {', '.join(sorted(map(str, dtypes)))}. Leave it out, or convert the "
-            "model to bf16"
+            f"stochastic_rounding is for bf16 weights without an fp32 master copy, and {layout.kind} gives the "
+            f"optimizer {', '.join(sorted(map(str, dtypes)))}. Leave it out, or {remedy}"
         )
 
     def write(tensor: Tensor, step: int, weights: Tensor, computed: Tensor, start: int) -> None:
-        (name,) = layout.names_in(tensor)
-        piece, shape = layout.pieces[name], shapes[name]
-        at = torch.arange(start, start + weights.numel(), device=weights.device)
-        if piece.dim is None:
-            index = piece.start + at
-        else:  # a slice of a later dimension: runs of it, a whole row of that dimension apart
-            inner = math.prod(shape[piece.dim + 1 :])
-            width = (piece.stop - piece.start) * inner
-            index = (at // width) * (shape[piece.dim] * inner) + piece.start * inner + at % width
-        weights.copy_(round_stochastic(computed, random_bits(index, rounding_key(seed, name, step))))
+        # A flat buffer holds several parameters, cut anywhere, and zeros that no parameter has.
+        for name in layout.names_in(tensor):
+            if name not in layout.pieces:  # all of it is on other ranks
+                continue
+            offset = layout.place(name)[1] - start
+            first, last = max(0, offset), min(weights.numel(), offset + layout.weight(name).numel())
+            key = rounding_key(seed, name, step)
+            for begin in range(first, last, PART):
+                end = min(begin + PART, last)
+                at = torch.arange(begin - offset, end - offset, device=weights.device)
+                bits = random_bits(_in_whole(at, layout.pieces[name], shapes[name]), key)
+                weights[begin:end].copy_(round_stochastic(computed[begin:end], bits))
 
     return write
+
+
+def _in_whole(at: Tensor, piece: Piece, shape: tuple[int, ...]) -> Tensor:
+    """Places in the row-major whole parameter of the elements ``at`` of a piece's memory."""
+    if piece.dim is None:
+        return piece.start + at
+    # A slice of a later dimension: runs of it, a whole row of that dimension apart.
+    inner = math.prod(shape[piece.dim + 1 :])
+    width = (piece.stop - piece.start) * inner
+    return (at // width) * (shape[piece.dim] * inner) + piece.start * inner + at % width
 
 
 def step_full_rank(

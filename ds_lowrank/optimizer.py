@@ -14,7 +14,7 @@ from torch import Tensor
 from ds_lowrank.adopt import adopt_states, own_entries, take_entries
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
-from ds_lowrank.full_rank import MOMENTS, ensure_full_rank, rounded_stochastically, step_full_rank
+from ds_lowrank.full_rank import MOMENTS, ensure_full_rank, step_full_rank, weight_rounding
 from ds_lowrank.gradients import GradientCheck
 from ds_lowrank.layerwise import Layerwise
 from ds_lowrank.layouts import (
@@ -322,10 +322,8 @@ class LowRankAdamW(torch.optim.Optimizer):
             self.formats.check(plan.weight_dtype, plan.name)
         gram_dtype = gram_dtype_on(config.gram_dtype, layout.ranks.device)
         self._refresher = Refresher(comm, config.selection, config.moments, config.seed, gram_dtype, self.formats)
-        if config.stochastic_rounding:
-            shapes = {m.name: m.shape for m in members}
-            self._full_rank_options["rounding"] = rounded_stochastically(layout, shapes, config.seed)
         seed = config.seed if config.stochastic_rounding else None
+        self._full_rank_options["rounding"] = weight_rounding(layout, {m.name: m.shape for m in members}, seed)
         self._stepper = LowRankStep(layout, comm, self._refresher, self.formats, seed)
         rank = layout.ranks.rank
         self._stateful = [p for p in self._plans if p.shared or p.shares[rank] is not None]

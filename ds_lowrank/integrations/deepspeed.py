@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ds_lowrank.config import LowRankConfig, load_json
+from ds_lowrank.layouts import BF16_MASTER
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.param_groups import param_groups
 
@@ -159,6 +160,7 @@ def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, 
     if isinstance(content.get("compile"), Mapping) and content["compile"].get("deepcompile"):
         raise ValueError("compile.deepcompile = true is not supported: it replaces ZeRO's gradient handling")
     _check_precision(content)
+    _check_bf16_master(zero, content)
     if (content.get("checkpoint") or {}).get("load_universal"):
         raise ValueError(
             "checkpoint.load_universal = true is not supported, and not needed: ds_lowrank.load_checkpoint (in the "
@@ -219,7 +221,7 @@ def _check_stage(zero: Mapping[str, Any], content: Mapping[str, Any], release: t
 
 def _check_offload(zero: Mapping[str, Any], content: Mapping[str, Any]) -> None:
     offload = zero.get("offload_optimizer")
-    device = offload.get("device", "none") if isinstance(offload, Mapping) else "none"
+    device = _offload_device(zero)
     if isinstance(offload, Mapping) and offload.get("ratio", 1.0) != 1.0:
         raise ValueError(
             "offload_optimizer.ratio < 1 is not supported: DeepSpeed steps the rest with an AdamW of its own. Remove it"
@@ -236,6 +238,11 @@ def _check_offload(zero: Mapping[str, Any], content: Mapping[str, Any]) -> None:
         )
 
 
+def _offload_device(zero: Mapping[str, Any]) -> str:
+    offload = zero.get("offload_optimizer")
+    return offload.get("device", "none") if isinstance(offload, Mapping) else "none"
+
+
 def _check_precision(content: Mapping[str, Any]) -> None:
     autocast = content.get("torch_autocast") or {}
     if autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16", "half"):
@@ -245,11 +252,51 @@ def _check_precision(content: Mapping[str, Any]) -> None:
     fp16 = content.get("fp16", {})
     if isinstance(fp16, Mapping) and fp16.get("enabled") is True and not torch.cuda.is_available():
         raise ValueError("fp16 needs a GPU: DeepSpeed refuses it on a CPU. Use bf16 or fp32")
-    bf16 = content.get("bf16", {})
-    if isinstance(bf16, Mapping) and bf16.get("bf16_master_weights_and_grads"):
+
+
+def bf16_master(content: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed configuration asks for bf16 weights without an fp32 master copy."""
+    bf16 = content.get("bf16")
+    return isinstance(bf16, Mapping) and bool(bf16.get("bf16_master_weights_and_grads"))
+
+
+def _check_bf16_master(zero: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    if not bf16_master(content):
+        if LowRankConfig.from_deepspeed(content).stochastic_rounding:
+            raise ValueError(
+                "lowrank.stochastic_rounding = true is for bf16 weights without an fp32 master copy, which DeepSpeed "
+                f"keeps unless told otherwise: set {BF16_MASTER}, or remove it"
+            )
+        return
+    bf16, option = content["bf16"], "bf16.bf16_master_weights_and_grads = true"
+    if bf16.get("enabled") not in (True, "auto"):
+        raise ValueError(f"{option} rounds what the model computes with: set bf16.enabled to true as well")
+    if not bf16.get("bf16_optimizer_states"):
         raise ValueError(
-            "bf16.bf16_master_weights_and_grads = true is not supported yet: without an fp32 master copy small updates "
-            "are lost to rounding. Remove it"
+            f"{option} without bf16.bf16_optimizer_states = true is for DeepSpeed's own CPU optimizer: set both. How "
+            "moments are kept remains lowrank.state_dtype's affair"
+        )
+    if _offload_device(zero) != "none":
+        raise ValueError(
+            f"{option} with offload_optimizer is not supported: DeepSpeed takes no optimizer but its own "
+            "DeepSpeedCPUAdam there. Remove one of the two"
+        )
+    accumulation = (content.get("data_types") or {}).get("grad_accum_dtype")
+    if zero["stage"] == 1 and accumulation in ("fp32", "float32", "float"):
+        raise ValueError(
+            f"{option} has no effect in stage 1 with data_types.grad_accum_dtype = fp32, whose BF16_Optimizer keeps an "
+            "fp32 master copy: use stage 2"
+        )
+    try:
+        from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+
+        known = DeepSpeedBF16Config.model_fields
+    except ImportError:  # its configuration was no class then, and passed over what it did not know
+        known = {}
+    if "bf16_optimizer_states" not in known:
+        raise ValueError(
+            f"DeepSpeed {importlib.metadata.version('deepspeed')} cannot do without an fp32 master copy: it knows no "
+            "bf16.bf16_optimizer_states. Install a newer one (0.19.8 does), or remove both"
         )
 
 

@@ -12,10 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ds_lowrank.layouts.base import Group, Layout, LayoutError, Member, ParameterLayout, Piece, Ranks
 from ds_lowrank.layouts.ddp import ReplicatedLayout, check_excluded, ignore_in_ddp
 from ds_lowrank.layouts.fsdp import Fsdp2Layout, is_fsdp2, local_tensors, long_side_placement, write_shard
-from ds_lowrank.layouts.zero import ZeroLayout, is_zero12
+from ds_lowrank.layouts.zero import BF16_MASTER, ZeroLayout, is_zero12
 from ds_lowrank.layouts.zero3 import Zero3Layout, check_partitioned, is_zero3, write_partition
 
 __all__ = [
+    "BF16_MASTER",
     "Group",
     "Layout",
     "LayoutError",

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from ds_lowrank.layouts.base import Group, LayoutError, Member, Piece, Ranks, Tensors
 
+# What makes DeepSpeed's flat buffers bf16, in any stage and without offload.
+BF16_MASTER = '"bf16": {"enabled": true, "bf16_master_weights_and_grads": true, "bf16_optimizer_states": true}'
+
 
 def is_zero12(members: Sequence[Member]) -> bool:
     """Whether DeepSpeed has linked these parameters to flat partitions."""

@@ -95,7 +95,9 @@ def _narrow(setup: Setup) -> Setup | None:
 
 
 def _offload(setup: Setup) -> Setup | None:
-    return None if setup.offload or not setup.kind.startswith("zero") else setup.replace(offload=True)
+    if setup.offload or not setup.kind.startswith("zero") or setup.master == "bf16":
+        return None
+    return setup.replace(offload=True)
 
 
 def _more_ranks(ranks: int) -> Callable[[Setup], Setup | None]:

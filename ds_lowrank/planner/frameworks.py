@@ -106,8 +106,8 @@ def _zero12(model: Model, places: Places, setup: Setup, rank: int) -> Frame:
         )
     copies = {}
     for index, size in enumerate(partitions):
-        during = 0 if apart else m * size
-        # fp32 gradients and those that stay bf16 are flattened once, others are flattened and then widened.
+        # fp32 gradients lie flattened; others are flattened. What is not in the master's dtype is then converted.
+        during = 0 if apart and m == 4 else m * size
         start = during + (b * size if b != m and not apart else 0)
         copies[index] = (start, during)
     return Frame(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ds_lowrank.config import LowRankConfig
+from ds_lowrank.layouts import BF16_MASTER
 from ds_lowrank.planner.activations import Activations, activations
 from ds_lowrank.planner.formats import planned_only
 from ds_lowrank.planner.frameworks import Frame, frame
@@ -247,7 +248,7 @@ def _notes(model: Model, setup: Setup) -> list[str]:
         if planned_only(option, getattr(setup, option)):
             notes.append(f"planned only: {option} {getattr(setup, option)} cannot be configured yet")
     if setup.master == "bf16" and setup.kind.startswith("zero"):
-        notes.append("planned only: bf16 master weights are refused under DeepSpeed")
+        notes.append(f"no fp32 master: DeepSpeed needs {BF16_MASTER}")
     if setup.offload:
         notes.append("offload: states and masters are on the CPU, and one matrix at a time visits the device")
     if setup.kind.startswith("zero"):

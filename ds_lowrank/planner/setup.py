@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_lowrank.config import LowRankConfig
-from ds_lowrank.integrations.deepspeed import check_deepspeed_config
+from ds_lowrank.integrations.deepspeed import bf16_master, check_deepspeed_config
 from ds_lowrank.integrations.fsdp import check_fsdp_config
 from ds_lowrank.states.formats import BASIS_DTYPES, STATE_DTYPES
 
@@ -28,7 +28,8 @@ class Setup:
         accumulation: micro-steps a step.
         checkpointing: whether layers keep their input alone and are computed again in the backward pass.
         dtype: ``bf16`` or ``fp32``: of what the model computes with.
-        master: ``fp32``, or ``bf16``: no fp32 copy of the weights.
+        master: ``fp32``, or ``bf16``: no fp32 copy of the weights. Under DeepSpeed without offload, which takes no
+            optimizer but its own there.
         state_dtype, basis_dtype: formats of low-rank moments and of bases.
         offload: ZeRO's optimizer on the CPU.
         accumulation_dtype, communication_dtype: of gradients, in DeepSpeed.
@@ -82,6 +83,8 @@ class Setup:
             raise ValueError(f"one process has one rank, got {self.ranks}")
         if self.kind == "zero1" and self.dtype == "bf16" and self.accumulation_dtype == "fp32":
             raise ValueError("BF16_Optimizer (stage 1, bf16, fp32 accumulation) is not planned: use stage 2")
+        if self.master == "bf16" and self.kind.startswith("zero") and (self.offload or self.dtype != "bf16"):
+            raise ValueError("master bf16 under DeepSpeed needs dtype bf16, and no offload_optimizer")
 
     @property
     def width(self) -> int:
@@ -112,10 +115,13 @@ def from_deepspeed(
         config: path or content; ``"auto"`` as the HF Trainer fills it in.
         ranks: data-parallel ranks.
         hidden: the model's hidden size, which the Trainer's ``"auto"`` sizes depend on.
-        given: attributes of :class:`Setup` that the file does not decide.
+        given: attributes of :class:`Setup` that the file does not decide; ``master`` where it leaves DeepSpeed its fp32
+            copy.
 
     Raises:
-        ValueError, FileNotFoundError: see :func:`ds_lowrank.integrations.deepspeed.check_deepspeed_config`.
+        ValueError: ``master`` contradicts the file; see also
+            :func:`ds_lowrank.integrations.deepspeed.check_deepspeed_config`.
+        FileNotFoundError: no such file.
     """
     content = check_deepspeed_config(config)
     zero = content["zero_optimization"]
@@ -136,12 +142,16 @@ def from_deepspeed(
 
     stage = zero["stage"]
     offload = zero.get("offload_optimizer") or {}
+    master = given.pop("master", None) or ("bf16" if bf16_master(content) else "fp32")
+    if bf16_master(content) and master != "bf16":
+        raise ValueError(f"master {master} contradicts bf16.bf16_master_weights_and_grads = true in the DeepSpeed file")
     steps = content.get("gradient_accumulation_steps", "auto")
     accumulation = given.pop("accumulation", None)
     setup = Setup(
         kind=f"zero{stage}",
         ranks=ranks,
         dtype=dtype,
+        master=master,
         accumulation=accumulation or (1 if steps == "auto" else int(steps)),
         accumulation_dtype=accumulation_dtype,
         communication_dtype=_dtype(content.get("communication_data_type"), dtype),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from ds_lowrank.full_rank import moment_dtype
 from ds_lowrank.planner.formats import adamw8bit_bytes, rows_bytes
 from ds_lowrank.planner.places import Places, padded_share, partition_size
 from ds_lowrank.planner.setup import Setup
@@ -50,12 +53,13 @@ def states_of(optimizer: str, places: Places, setup: Setup, rank: int) -> States
         if share is not None:
             moments += 2 * rows_bytes(share.rows, plan.rank, setup.state_dtype)
             bases += rows_bytes(plan.kept(rank), plan.rank, setup.basis_dtype)
-    return States(moments + _full_rank(places, setup, rank), bases)
+    weights = torch.bfloat16 if setup.master == "bf16" else torch.float32
+    width = moment_dtype(setup.state_dtype, weights).itemsize
+    return States(moments + _full_rank(places, setup, rank, width), bases)
 
 
-def _full_rank(places: Places, setup: Setup, rank: int) -> int:
-    """AdamW's moments, in the dtype of the weights that are stepped, of what is not projected."""
-    width = setup.master_width
+def _full_rank(places: Places, setup: Setup, rank: int, width: int) -> int:
+    """AdamW's moments, of ``width`` bytes a number, of what is not projected."""
     if setup.kind in ("zero1", "zero2"):
         rest = [g for g in places.groups if not places.projected.intersection(g)]
         return sum(2 * width * partition_size(group, setup.ranks) for group in rest)
@@ -85,4 +89,4 @@ def _galore(places: Places, setup: Setup, rank: int) -> States:
         bases += min(m, n) * (min(m, n) if width == 4 else plan.rank) * width
         # The gathered gradient and both sides of its decomposition.
         largest = max(largest, 4 * (m * n + m * min(m, n) + min(m, n) * n))
-    return States(moments + _full_rank(places, setup, rank), bases, largest)
+    return States(moments + _full_rank(places, setup, rank, width), bases, largest)

@@ -20,7 +20,7 @@ _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
 _HIGH = 0x9E3779B9  # spreads the upper half of an index
 
 # Numbers that are rounded at once: indices take eight bytes each.
-_PART = 1 << 20
+PART = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def copy_stochastic_(target: Tensor, x: Tensor, place: Place) -> None:
     """
     rows, columns = x.shape
     across = place.first + torch.arange(columns, device=x.device) * place.strides[1]
-    step = max(1, _PART // max(1, columns))
+    step = max(1, PART // max(1, columns))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         index = torch.arange(start, stop, device=x.device)[:, None] * place.strides[0] + across

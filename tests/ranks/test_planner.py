@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import Case, arguments, build_model
@@ -18,11 +20,22 @@ from ds_lowrank.planner.states import states_of
 @pytest.mark.parametrize("shapes", ["small", "even", "experts"])
 @pytest.mark.parametrize("layout", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_a_run_holds_what_was_planned(pools, layout, shapes):
-    case = Case(layout=layout, shapes=shapes, rank=3, accumulation=1, dtype="fp32", clip=0.0)
+    _compare(pools, Case(layout=layout, shapes=shapes, rank=3, accumulation=1, clip=0.0))
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("layout", ["zero1", "zero2", "zero3"])
+def test_a_run_without_an_fp32_master_holds_what_was_planned(pools, layout, state_dtype):
+    case = Case(layout=layout, rank=3, accumulation=1, clip=0.0, dtype="bf16", master=False, stochastic_rounding=True)
+    _compare(pools, replace(case, state_dtype=state_dtype))
+
+
+def _compare(pools, case: Case) -> None:
+    layout = case.layout
     for rank, (found, pieces, plans) in enumerate(pools(2).run(_run, case)):
         model = read_model(build_model(case))
         if layout in ZERO_STAGE:
-            setup, _ = from_deepspeed(deepspeed_config(case), 2, 0)
+            setup, _ = from_deepspeed(deepspeed_config(case), 2, 0, state_dtype=case.state_dtype)
         else:
             setup = Setup(layout, 2, dtype="fp32", communication_dtype="fp32")
         places = find_places(model, LowRankConfig.from_dict(case.options), setup)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import Case, build_model
+from harness import start
 from rank_pool import RankPool
-from resume import Move, resume, try_move, uninterrupted
+from resume import Move, resume, try_move, uninterrupted, whole_state
 
+import ds_lowrank
+
+# bf16 weights without an fp32 master copy, rounded by their place and the step.
+ROUNDED = (("master", False), ("stochastic_rounding", True))
+# With fp32 accumulation stage 1 keeps a master copy all the same.
+PLAIN = (("config", {}),)
 SMALL, THIN, EXPERTS = ("small", 2, 4), ("thin", 1, 2), ("experts", 1, 3)
 HERE = [
     Move(("one", 1), ("one", 1)),
@@ -20,6 +29,10 @@ HERE = [
     Move(("fsdp2", 3), ("fsdp2", 3), "bf16"),
     Move(("fsdp2", 3), ("fsdp2", 3), "fp32", "full"),
     Move(("hsdp", 4), ("hsdp", 4)),
+    Move(("zero1", 2), ("zero1", 2), "bf16", settings=(*ROUNDED, *PLAIN)),
+    Move(("zero2", 3), ("zero2", 3), "bf16", settings=ROUNDED),
+    Move(("zero3", 3), ("zero3", 3), "bf16", settings=ROUNDED),
+    Move(("fsdp2", 3), ("fsdp2", 3), "bf16", settings=ROUNDED),
 ]
 ELSEWHERE = [
     Move(("fsdp2", 3), ("fsdp2", 2)),
@@ -65,6 +78,44 @@ def test_other_ranks_and_layouts_go_on_with_the_same_state(all_pools, move, shap
 
 def test_bf16_masters_and_moments_survive_a_change_of_layout(all_pools):
     assert try_move(all_pools, Move(("zero2", 2), ("zero3", 3), "bf16", "any"), SMALL)["state_equal"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("zero2", 2), ("zero3", 3)),
+        (("zero3", 3), ("zero2", 2)),
+        (("zero2", 3), ("fsdp2", 2)),
+        (("fsdp2", 2), ("zero2", 3)),
+    ],
+)
+def test_bf16_weights_without_a_master_survive_a_change_of_layout(all_pools, before, after):
+    assert try_move(all_pools, Move(before, after, "bf16", "any", ROUNDED), SMALL)["state_equal"]
+
+
+def test_weights_go_from_an_fp32_master_to_bf16_and_back(all_pools, tmp_path):
+    """Rounded to nearest once, and exact on the way back."""
+    there = Move(("zero2", 2), ("zero3", 3), "bf16", "any", (), ROUNDED)
+    whole = all_pools[2].run(uninterrupted, there.case(("zero2", 2), SMALL), tmp_path / "fp32")[0]["state"]
+    narrow = Move(("zero3", 3), ("zero3", 3), "bf16", "any", ROUNDED).case(("zero3", 3), SMALL)
+    here = all_pools[3].run(_reload, narrow, tmp_path / "fp32", tmp_path / "bf16")[0]
+    wide = there.case(("zero2", 2), SMALL)
+    back = all_pools[2].run(_reload, wide, tmp_path / "bf16")[0]
+    weights = [key for key in whole if key.endswith(" weight")]
+    assert all(torch.equal(here[key], whole[key].bfloat16()) and here[key].dtype == torch.bfloat16 for key in weights)
+    assert all(torch.equal(back[key], here[key].float()) and back[key].dtype == torch.float32 for key in weights)
+    assert all(torch.equal(back[key], value) for key, value in whole.items() if key not in weights)
+
+
+def _reload(case: Case, folder: Path, to: Path | None = None) -> dict[str, torch.Tensor]:
+    """The state of a run that goes on with a checkpoint and writes another before any step."""
+    run = start(case, build_model(case))
+    ds_lowrank.load_checkpoint(folder, run.model, run.optimizer)
+    state = whole_state(run.optimizer)
+    if to is not None:
+        run.save(to)
+    run.close()
+    return state
 
 
 def test_sharded_and_whole_bases_are_the_same_state(all_pools):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from ds_lowrank import LowRankConfig, check_deepspeed_config
 from ds_lowrank.integrations import deepspeed as integration
 
 GOOD = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+BF16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 
 
 def test_defaults_are_the_fields():
@@ -96,7 +99,28 @@ def test_missing_and_broken_files(tmp_path):
         ({"pipeline": {"stages": 2}}, "pipeline.stages = 2"),
         ({"compile": {"deepcompile": True}}, "deepcompile"),
         ({"fp16": {"enabled": True}}, "fp16 needs a GPU"),
-        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads"),
+        (
+            {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+            "without bf16.bf16_optimizer_states = true",
+        ),
+        ({"bf16": {**BF16, "enabled": False}}, "set bf16.enabled to true"),
+        (
+            {
+                "bf16": BF16,
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            },
+            "takes no optimizer but its own DeepSpeedCPUAdam",
+        ),
+        (
+            {"bf16": BF16, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+            "whose BF16_Optimizer keeps an fp32 master",
+        ),
+        ({"lowrank": {"stochastic_rounding": True}}, 'set "bf16": .*"bf16_master_weights_and_grads": true'),
+        (
+            {"bf16": {"enabled": True}, "lowrank": {"stochastic_rounding": True}},
+            'set "bf16": .*"bf16_master_weights_and_grads": true',
+        ),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast with float16"),
         ({"checkpoint": {"load_universal": True}}, "load_universal"),
         ({"lowrank": {"rank": 0}}, "lowrank.rank"),
@@ -109,6 +133,23 @@ def test_unsupported_deepspeed_settings_are_refused(change, text, monkeypatch):
     check_deepspeed_config({**GOOD, "optimizer": None})
     with pytest.raises(ValueError, match=text):
         check_deepspeed_config({**GOOD, **change})
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("enabled", [True, "auto"])
+@pytest.mark.parametrize("rounding", [True, False])
+def test_bf16_weights_without_a_master(stage, enabled, rounding):
+    config = {**GOOD, "zero_optimization": {"stage": stage}, "bf16": {**BF16, "enabled": enabled}}
+    config["lowrank"] = {"stochastic_rounding": rounding}
+    assert check_deepspeed_config(config) == config
+
+
+@pytest.mark.parametrize("module", [None, SimpleNamespace(DeepSpeedBF16Config=SimpleNamespace(model_fields={}))])
+def test_a_deepspeed_that_keeps_its_master_anyway_is_told(monkeypatch, module):
+    """As those that have no such class, or no such option."""
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.precision_config", module)
+    with pytest.raises(ValueError, match=r"DeepSpeed .* cannot do without an fp32 master copy"):
+        check_deepspeed_config({**GOOD, "bf16": BF16})
 
 
 @pytest.mark.parametrize(

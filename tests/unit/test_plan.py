@@ -18,6 +18,7 @@ from ds_lowrank.planner import TERMS, advise, plan_memory, read_model
 from ds_lowrank.planner.activations import activations, layer_bytes
 from ds_lowrank.planner.formats import adamw8bit_bytes, rows_bytes
 from ds_lowrank.planner.live import live_elements
+from ds_lowrank.planner.memory import configured
 from ds_lowrank.planner.model import Decoder
 from ds_lowrank.planner.setup import Setup
 
@@ -152,11 +153,42 @@ def test_what_saves_memory_does():
     assert planned(2, checkpointing=True).ours.peak < base
     assert planned(2, state_dtype="int8").ours.resident < planned(2, state_dtype="bf16").ours.resident
     assert planned(2, master="bf16").ours.resident < planned(2).ours.resident
+    # The rest of the moments is fp32 beside fp32 states, and bf16 beside narrower ones.
+    for narrow in ("bf16", "int8"):
+        ours, kept = (planned(2, state_dtype=d).ours.moments["resident"]["states"] for d in (narrow, "fp32"))
+        low = {"bf16": 2 * 2 * 16, "int8": 2 * (16 + 4)}[narrow] * (4 * 64 + 3 * 176)
+        assert (ours, kept) == (low + 4 * REST // 4, 2 * 4 * 16 * (4 * 64 + 3 * 176) + 8 * REST // 4)
     offloaded = planned(2, more={"offload_optimizer": {"device": "cpu"}}).ours
     assert offloaded.resident < planned(2).ours.resident
     assert offloaded.host > 0
     assert planned(2, accumulation=2).ours.peak > base
     assert planned(2, more={"reduce_bucket_size": 100_000}).ours.peak > base
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_without_an_fp32_master_is_read_from_the_deepspeed_file(stage, tmp_path, capsys):
+    bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    config = {**zero(stage), "bf16": bf16, "lowrank": {"rank": 16, "stochastic_rounding": True}}
+    found = plan_memory(TINY, 4, deepspeed=config, seq=32)
+    wide, narrow = planned(stage).ours.moments["resident"], found.ours.moments["resident"]
+    assert found.setup.master == "bf16"
+    assert narrow["master"] == WEIGHTS // 2  # 2 bytes on 4 ranks
+    assert {t: n for t, n in narrow.items() if t != "master"} == {t: n for t, n in wide.items() if t != "master"}
+    asked = planned(stage, master="bf16")
+    assert asked.ours.moments == found.ours.moments
+    assert configured(found)
+    assert any("bf16_master_weights_and_grads" in note for note in asked.notes)
+    with pytest.raises(ValueError, match=r"contradicts bf16\.bf16_master_weights_and_grads"):
+        plan_memory(TINY, 4, deepspeed=config, seq=32, master="fp32")
+    with pytest.raises(ValueError, match="no offload_optimizer"):
+        planned(stage, master="bf16", more={"offload_optimizer": {"device": "cpu"}})
+    (tmp_path / "model.json").write_text(json.dumps(TINY))
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    command = ["plan", "--model_config", str(tmp_path / "model.json"), "--gpus", "4", "--gpu_memory", "0.001"]
+    assert main([*command, "--deepspeed", str(tmp_path / "zero.json"), "--seq", "32"]) == 0
+    shown = capsys.readouterr().out
+    assert "no fp32 master" in shown
+    assert "offload" not in shown
 
 
 def test_other_frameworks():
