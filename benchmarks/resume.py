@@ -131,7 +131,7 @@ def low_bit_moves() -> Iterator[Move]:
         (("one", 1), ("zero3", 4)),
     ):
         yield Move(before, after, how="any", settings=int8)
-    for place in (("one", 1), ("ddp", 2), ("zero1", 2), ("zero2", 3), ("zero3", 3), ("fsdp2", 3), ("hsdp", 4)):
+    for place in (("one", 1), ("ddp", 2), ("zero2", 3), ("zero3", 3), ("fsdp2", 3), ("hsdp", 4)):
         yield Move(place, place, "bf16", settings=rounded)
     yield Move(("fsdp2", 3), ("fsdp2", 2), "bf16", settings=rounded)
     for before, after in (

@@ -50,8 +50,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--master_dtype", choices=("fp32", "bf16"), help="bf16: no fp32 master; default: the DeepSpeed JSON's, or fp32"
     )
     parser.add_argument("--rank", type=int, help="default: that of the configuration's lowrank block")
-    parser.add_argument("--state_dtype", choices=("fp32", "bf16", "int8"), default="fp32", help="of low-rank moments")
-    parser.add_argument("--basis_dtype", choices=("fp32", "bf16", "int8", "int4"), default="fp32")
+    parser.add_argument(
+        "--state_dtype", choices=("fp32", "bf16", "int8"), help="of moments; default: the lowrank block's, or fp32"
+    )
+    parser.add_argument("--basis_dtype", choices=("fp32", "bf16", "int8", "int4"), help="default: as above")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
 
 

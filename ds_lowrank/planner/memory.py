@@ -128,7 +128,7 @@ def plan_memory(
         gpus: data-parallel ranks.
         deepspeed, fsdp_config: the framework's configuration, path or content; neither: DDP (one process on one GPU).
         rank: r; ``None``: the configuration's.
-        lowrank: options that win over the configuration's ``"lowrank"`` block.
+        lowrank: options that win over the configuration's ``"lowrank"`` block, from which formats are taken too.
         given: attributes of :class:`Setup`: ``seq``, ``micro_batch``, ``accumulation``, ``checkpointing``, ``dtype``,
             ``master``, ``state_dtype``, ``basis_dtype``, ``device``, ``units``.
 
@@ -140,6 +140,7 @@ def plan_memory(
     if deepspeed is not None and fsdp_config is not None:
         raise ValueError("give one of a DeepSpeed and an FSDP configuration, not both")
     known = read_model(model)
+    formats = {key: given.pop(key, None) for key in ("state_dtype", "basis_dtype")}
     if deepspeed is not None:
         hidden = known.decoder.hidden if known.decoder else 0
         setup, options = from_deepspeed(deepspeed, gpus, hidden, **given)
@@ -148,7 +149,9 @@ def plan_memory(
     else:
         chosen = {key: value for key, value in given.items() if value is not None}
         setup, options = Setup(kind="ddp" if gpus > 1 else "one", ranks=gpus, **chosen), {}
-    return plan_setup(known, low_rank_config({**options, **(lowrank or {})}, rank), setup)
+    asked = {key: value for key, value in formats.items() if value is not None}
+    config = low_rank_config({**options, **(lowrank or {}), **asked}, rank)
+    return plan_setup(known, config, setup.replace(state_dtype=config.state_dtype, basis_dtype=config.basis_dtype))
 
 
 def plan_setup(model: Model, config: LowRankConfig, setup: Setup) -> MemoryPlan:

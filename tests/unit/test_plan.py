@@ -210,6 +210,14 @@ def test_whole_parameters_of_stage_3():
     assert live_elements(model, Setup("zero3", 1)).forward == 0
 
 
+def test_formats_are_the_blocks_unless_others_are_asked_for():
+    narrow = {**zero(2), "lowrank": {"rank": 16, "state_dtype": "int8", "basis_dtype": "bf16"}}
+    plan = plan_memory(TINY, 4, deepspeed=narrow, seq=32)
+    assert plan.ours.peak == planned(2, state_dtype="int8", basis_dtype="bf16").ours.peak
+    asked = plan_memory(TINY, 4, deepspeed=narrow, seq=32, state_dtype="fp32", basis_dtype="fp32")
+    assert asked.ours.resident == planned(2).ours.resident > plan.ours.resident
+
+
 def test_errors():
     with pytest.raises(FileNotFoundError, match="no_such"):
         plan_memory("no_such.json", 2, rank=4)
