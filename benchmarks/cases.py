@@ -49,12 +49,12 @@ class Case:
     Attributes:
         layout: one of ``harness.LAYOUTS``.
         dtype: ``fp32``, ``bf16`` (computation; the optimizer's weights are fp32) or ``fp64`` (not under DeepSpeed).
-        master: with ``bf16``, the optimizer's weights are fp32; otherwise there are bf16 weights alone.
         shapes: key of ``SHAPES``.
         layers: how often the shapes are repeated; 5 divides by none of 2, 3, 4 ranks, so matrices are cut.
         rank: r.
         selection, moments, gap, wave_size, proj_type, shard_projection: options of the optimizer.
         state_dtype, basis_dtype: of the optimizer; the reference rounds what it keeps to them.
+        master: with ``bf16``, the optimizer's weights are fp32; otherwise there are bf16 weights alone.
         stochastic_rounding: of weights without a master; the reference knows nothing of it.
         steps: optimizer steps.
         accumulation: micro-steps a step.
@@ -71,7 +71,6 @@ class Case:
 
     layout: str = "zero2"
     dtype: str = "fp32"
-    master: bool = True
     shapes: str = "small"
     layers: int = 5
     rank: int = 4
@@ -83,6 +82,7 @@ class Case:
     shard_projection: bool = True
     state_dtype: str = "fp32"
     basis_dtype: str = "fp32"
+    master: bool = True
     stochastic_rounding: bool = False
     steps: int = 10
     accumulation: int = 2

@@ -39,11 +39,11 @@ class Setting:
         }
     )
     dtype: str = "fp32"
-    master: bool = True
     accumulation: int = 1
     clip: float = 0.0
     offload: bool = False
     layerwise: bool = False
+    master: bool = True
     config: dict[str, Any] = field(default_factory=dict)
 
 

@@ -47,17 +47,29 @@ ELSEWHERE = [
 ]
 
 
+class _Pools(dict[int, RankPool]):
+    """Started when they are first asked for."""
+
+    def __init__(self, start):
+        super().__init__()
+        self._start = start
+
+    def __missing__(self, ranks: int) -> RankPool:
+        return self._start(ranks)
+
+
 @pytest.fixture
 def all_pools(pools) -> dict[int, RankPool]:
-    return {ranks: pools(ranks) for ranks in (1, 2, 3, 4)}
+    return _Pools(pools)
 
 
 def _with_shapes(moves: list[Move]) -> list[Any]:
     """Every move with the small shapes; the others where ranks hold nothing, or whole experts."""
     sharded = ("zero3", "fsdp2", "hsdp", "ddp")
     return [
-        pytest.param(move, shapes, id="-".join([*map(str, move.before), *map(str, move.after), move.how, shapes[0]]))
+        pytest.param(move, shapes, id="-".join([*map(str, move.before + move.after), move.how, shapes[0], *settings]))
         for move in moves
+        for settings in [[key for key, _ in move.settings]]
         for shapes in ((SMALL, THIN, EXPERTS) if move.before[0] in sharded and move.dtype == "fp32" else (SMALL,))
     ]
 
