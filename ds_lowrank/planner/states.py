@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ds_lowrank.planner.formats import adamw8bit_bytes, rows_bytes
 from ds_lowrank.planner.places import Places, padded_share, partition_size
 from ds_lowrank.planner.setup import Setup
+from ds_lowrank.states.runs import runs_of
 
 OPTIMIZERS = ("AdamW", "8-bit AdamW", "GaLore unsharded", "ds_lowrank")
 
@@ -50,7 +51,19 @@ def states_of(optimizer: str, places: Places, setup: Setup, rank: int) -> States
         if share is not None:
             moments += 2 * rows_bytes(share.rows, plan.rank, setup.state_dtype)
             bases += rows_bytes(plan.kept(rank), plan.rank, setup.basis_dtype)
-    return States(moments + _full_rank(places, setup, rank), bases)
+    if setup.state_dtype == "fp32":
+        return States(moments + _full_rank(places, setup, rank), bases)
+    return States(moments + _narrow(places, setup, rank), bases)
+
+
+def _narrow(places: Places, setup: Setup, rank: int) -> int:
+    """Moments of what is not projected in bf16, as the weights lie, or in codes, without padding, and scales."""
+    if setup.state_dtype == "bf16":
+        return _full_rank(places, setup.replace(master="bf16"), rank)
+    shapes = {n: s for g in places.groups for n, s in g.items() if n not in places.projected}
+    pieces = ((piece, shapes[n]) for n, piece in places.pieces[rank].items() if n in shapes)
+    every = (runs_of(p.start, p.stop, p.dim, shape) for p, shape in pieces)
+    return sum(2 * (runs.numel + 4 * runs.count * runs.slots) for runs in every)
 
 
 def _full_rank(places: Places, setup: Setup, rank: int) -> int:
