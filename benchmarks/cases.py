@@ -62,6 +62,7 @@ class Case:
         weight_decay: λ.
         silent: how many first steps leave layer 0 without a gradient.
         dropped: name of a parameter whose gradient odd ranks lose before every step; the reference sees zeros there.
+        targets: ``optim_target_modules``.
         wide_on_columns: FSDP2 shards matrices along the side that suits the projection.
         offload: weights and states on the CPU.
         layerwise: step in the backward pass.
@@ -90,6 +91,7 @@ class Case:
     weight_decay: float = 0.1
     silent: int = 0
     dropped: str | None = None
+    targets: str = "all-linear"
     wide_on_columns: bool = False
     offload: bool = False
     layerwise: bool = False
@@ -109,6 +111,7 @@ class Case:
         """Of the optimizer."""
         return {
             "rank": self.rank,
+            "optim_target_modules": self.targets,
             "update_proj_gap": self.gap,
             "selection": self.selection,
             "moments": self.moments,

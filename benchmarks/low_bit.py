@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ds_lowrank.reference import Reference
+from ds_lowrank.states.blocks import BLOCK
 from ds_lowrank.states.formats import Format, Formats
 
 
@@ -15,7 +16,8 @@ class LowBitReference(Reference):
     """As the optimizer with ``state_dtype`` and ``basis_dtype``.
 
     Args:
-        formats: of projected matrices; the moments of other parameters are kept in bf16 unless they are ``fp32``.
+        formats: of projected matrices; the moments of other parameters are kept in that of moments, int8 in blocks of
+            the flattened parameter.
     """
 
     def __init__(self, *args: Any, formats: Formats, **options: Any):
@@ -28,7 +30,8 @@ class LowBitReference(Reference):
             state["m"] = rounded(self.formats.exp_avg, state["m"])
             state["v"] = rounded(self.formats.exp_avg_sq, state["v"])
         elif self.formats.state_dtype != "fp32":
-            state["m"], state["v"] = state["m"].to(torch.bfloat16).float(), state["v"].to(torch.bfloat16).float()
+            state["m"] = rounded_flat(self.formats.exp_avg, state["m"])
+            state["v"] = rounded_flat(self.formats.exp_avg_sq, state["v"])
         return direction
 
     def refresh(self, name: str, g: Tensor, state: dict) -> None:
@@ -44,3 +47,9 @@ class LowBitReference(Reference):
 def rounded(form: Format, x: Tensor) -> Tensor:
     """What is read of ``x`` when it was written."""
     return form.decode(form.encode(x), x.shape[1], x.dtype)
+
+
+def rounded_flat(form: Format, x: Tensor) -> Tensor:
+    """The same of a tensor of any shape, in blocks counted from its first element."""
+    flat = torch.nn.functional.pad(x.reshape(-1), (0, -x.numel() % BLOCK))
+    return rounded(form, flat.view(-1, BLOCK)).view(-1)[: x.numel()].view(x.shape)

@@ -18,6 +18,7 @@ from storage import state_bytes
 from table import Row
 from tracker import Tracker
 
+from ds_lowrank.pieces import EIGHT_BIT_KEY, STATE_KEY
 from ds_lowrank.planner import MemoryPlan, from_deepspeed, low_rank_config, plan_setup, read_model
 from ds_lowrank.planner.setup import Setup
 
@@ -113,8 +114,10 @@ def resident_bytes(run: Any) -> dict[str, int]:
         zero: Any = run.engine.optimizer
         flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
         master = state_bytes(dict(enumerate(flats)))
-    low = run.optimizer.state["lowrank"]
-    full = {k: {m: s[m] for m in s if "exp_avg" in m} for k, s in run.optimizer.state.items() if k != "lowrank"}
+    low = run.optimizer.state[STATE_KEY]
+    rest = {k: s for k, s in run.optimizer.state.items() if k not in (STATE_KEY, EIGHT_BIT_KEY)}
+    rest.update(run.optimizer.state.get(EIGHT_BIT_KEY, {}))
+    full = {k: {m: s[m] for m in s if "exp_avg" in m} for k, s in rest.items()}
     moments = {n: {k: s[k] for k in s if "exp_avg" in k} for n, s in low.items()}
     return {
         "between steps: weights": weights,

@@ -34,8 +34,12 @@ from table import Row, json_argument, show
 from torch import Tensor
 
 import ds_lowrank
+from ds_lowrank.adamw8bit import AdamW8bit
+from ds_lowrank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.layouts import local_tensors
 from ds_lowrank.optimizer import STATE_KEY, LowRankAdamW
+from ds_lowrank.pieces import EIGHT_BIT_KEY
+from ds_lowrank.states.blocks import BLOCK
 
 BEFORE, AFTER, MICRO_BATCHES = 5, 7, 12
 SHAPES = (("small", 3, 4), ("thin", 2, 2), ("experts", 1, 3))
@@ -243,7 +247,9 @@ def whole_state(optimizer: LowRankAdamW) -> dict[str, Any]:
     layout = optimizer.layout
     found: dict[str, Any] = {f"{n} weight": w for n, w in assemble(optimizer, held(optimizer))[0].items()}
     projected = {plan.parameter for plan in optimizer.plans}
-    for key in ("exp_avg", "exp_avg_sq"):
+    eight = adamw8bit(optimizer)
+    found.update(_eight_bit(optimizer))
+    for key in ("exp_avg", "exp_avg_sq") if eight is None else ():
         pieces = {}
         for member in optimizer.members:
             if member.name in projected or member.name not in layout.pieces:
@@ -258,7 +264,7 @@ def whole_state(optimizer: LowRankAdamW) -> dict[str, Any]:
                 target[piece.start : piece.stop] = values
     counters = {}
     for member in optimizer.members:
-        if member.name not in projected and member.name in layout.pieces:
+        if eight is None and member.name not in projected and member.name in layout.pieces:
             counters[member.name] = float(optimizer.state[layout.place(member.name)[0]]["step"])
     for rank in optimizer.comm.gather_objects(counters):
         found.update({f"{name} step": torch.tensor(value) for name, value in rank.items()})
@@ -279,6 +285,45 @@ def whole_state(optimizer: LowRankAdamW) -> dict[str, Any]:
                 if key in state:
                     found[f"{name} {key}"] = torch.as_tensor(state[key]).clone()
     assert all(rows.all() for rows in covered.values()), "rows of a state are on no rank"
+    return found
+
+
+def adamw8bit(optimizer: LowRankAdamW) -> AdamW8bit | None:
+    """What steps the parameters that are not projected where their moments are int8."""
+    full_rank = optimizer.full_rank
+    return full_rank.adam if isinstance(full_rank, EightBitFullRank) else None
+
+
+def _eight_bit(optimizer: LowRankAdamW) -> dict[str, Tensor]:
+    """Codes and scales of parameters that are not projected, whole; ranks that keep the same must agree. Collective."""
+    adam = adamw8bit(optimizer)
+    if adam is None:
+        return {}
+    states: dict[str, Any] = optimizer.state[EIGHT_BIT_KEY]  # type: ignore[index]
+    mine = {n: (adam.runs[n], optimizer.layout.pieces[n], states[n]) for n in adam.shapes if adam.runs[n].numel}
+    found: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+
+    def put(key: str, size: int, index: Tensor, values: Tensor) -> None:
+        target = found.setdefault(key, torch.zeros(size, dtype=values.dtype))
+        before = seen.setdefault(key, torch.zeros(size, dtype=torch.bool))
+        assert torch.equal(target[index][before[index]], values[before[index]]), f"ranks keep different {key}"
+        target[index], before[index] = values, True
+
+    for table in optimizer.comm.gather_objects(mine):
+        for name, (runs, piece, state) in table.items():
+            shape = adam.shapes[name]
+            places = torch.arange(_numel(optimizer, name)).view(shape)
+            slots, blocks = runs.used()
+            if piece.dim is None:
+                held = places.view(-1)[piece.start : piece.stop]
+            else:
+                held = places.narrow(piece.dim, piece.start, piece.stop - piece.start).reshape(-1)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                put(f"{name} {moment}_codes", places.numel(), held, state[f"{moment}_codes"])
+                put(f"{name} {moment}_scale", -(-places.numel() // BLOCK), blocks, state[f"{moment}_scale"][slots])
+            found[f"{name} step"] = torch.tensor(state["step"])
+    assert all(rows.all() for rows in seen.values()), "codes are on no rank"
     return found
 
 

@@ -8,16 +8,21 @@ from typing import Any
 
 from ds_lowrank.comm import Comm
 from ds_lowrank.layouts import Member
-from ds_lowrank.pieces import STATE_KEY
+from ds_lowrank.pieces import EIGHT_BIT_KEY, STATE_KEY
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState
 from ds_lowrank.step import LowRankStep
 
 logger = logging.getLogger(__name__)
 
+_CODES = (
+    "the loaded optimizer state has 8-bit moments, and this run has none: use state_dtype 'int8', or "
+    "ds_lowrank.load_checkpoint, which widens those of parameters that are not projected"
+)
+
 
 def adopt_states(
-    states: Mapping[str, MatrixState], plans: Sequence[MatrixPlan], stepper: LowRankStep, comm: Comm
+    states: Mapping[str, MatrixState], plans: Sequence[MatrixPlan], stepper: LowRankStep, comm: Comm, loaded: bool
 ) -> None:
     """Check this rank's states against the plan and put them where the weights are: loaders leave them on the CPU.
 
@@ -28,6 +33,7 @@ def adopt_states(
         plans: of the matrices of which this rank keeps something.
         stepper: knows what a state has to hold.
         comm: the collectives.
+        loaded: whether something was; accelerate loads the empty state that it took from here.
 
     Raises:
         ValueError: on all ranks, when a state does not fit, or ranks disagree.
@@ -56,32 +62,48 @@ def adopt_states(
                 "ds_lowrank.load_checkpoint goes on with what another number of ranks or another layout has saved"
             )
 
+    missing = [plan.name for plan in plans if plan.name not in states]
+    if missing and loaded:
+        logger.warning(
+            "the loaded optimizer state has nothing for %d of the %d matrices here (%s, ...): they start anew",
+            len(missing),
+            len(plans),
+            missing[0],
+        )
+
 
 def take_entries(
-    state_dict: dict[str, Any], members: Sequence[Member], projected: set[str]
+    state_dict: dict[str, Any], members: Sequence[Member], projected: set[str], eight_bit: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take the entries of projected parameters out of a state dict: torch's loader would cast them.
+    """Take the entries of parameters out of a state dict whose states are our own: torch's loader would cast them.
 
     Args:
         state_dict: one that is to be loaded.
         members: of this optimizer, group by group.
         projected: names of those that are projected.
+        eight_bit: whether the others have 8-bit moments.
 
     Returns:
         name -> entry, and the state dict without them; nothing is taken where states hang on a key of their own.
 
     Raises:
-        ValueError: names are in another order, or an entry is empty.
+        ValueError: names are in another order, an entry is empty, or there are 8-bit moments and ``eight_bit`` is not
+            set.
     """
     state = state_dict["state"]
+    if not eight_bit and EIGHT_BIT_KEY in state:
+        raise ValueError(_CODES)
     ids = [key for group in state_dict["param_groups"] for key in group["params"]]
     if STATE_KEY in state or len(ids) != len(members):
         return {}, state_dict
     _check_names([group.get("param_names") for group in state_dict["param_groups"]], members)
-    taken = {key: m.name for key, m in zip(ids, members) if m.name in projected and key in state}
+    taken = {key: m.name for key, m in zip(ids, members) if (eight_bit or m.name in projected) and key in state}
     loaded = {name: state[key] for key, name in taken.items()}
     _check_entries(loaded)
-    return loaded, {**state_dict, "state": {k: v for k, v in state.items() if k not in taken}}
+    rest = {key: entry for key, entry in state.items() if key not in taken}
+    if any("exp_avg_codes" in entry for entry in rest.values()):
+        raise ValueError(_CODES)
+    return loaded, {**state_dict, "state": rest}
 
 
 def _check_names(saved: Sequence[Sequence[str] | None], members: Sequence[Member]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_lowrank.adamw8bit_states import EightBitFullRank, read_moment
 from ds_lowrank.full_rank import MOMENTS, new_state
 from ds_lowrank.layouts import LayoutError, Piece, local_tensors, write_parameter
 from ds_lowrank.layouts.zero_files import optimizer_files, packed_state, tag_folder
@@ -24,7 +25,7 @@ from ds_lowrank.pieces import DESCRIPTION_KEY
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState, tensor_of
 from ds_lowrank.report import unwrap
-from ds_lowrank.sources import Source, WholeSource, ZeroSource, load_file
+from ds_lowrank.sources import Source, WholeSource, ZeroSource, load_file, read_piece
 from ds_lowrank.torch_files import dcp_tensors, model_tensors
 
 logger = logging.getLogger(__name__)
@@ -241,10 +242,10 @@ def _load_weights(source: Source, optimizer: LowRankAdamW, named: Mapping[str, T
                 value = source.others[known].reshape(-1)
                 write_parameter(parameter, lambda a, b, value=value: value[a:b], layout.ranks.rank)  # type: ignore[misc]
             continue
-        write_parameter(parameter, partial(_some, source, known, "weight"), layout.ranks.rank)
+        write_parameter(parameter, partial(_weights, source, known), layout.ranks.rank)
         if name in layout.pieces:
             target = layout.weight(name)
-            target.copy_(_piece(source, known, "weight", layout.pieces[name], saved[known]))
+            target.copy_(read_piece(source, known, "weight", layout.pieces[name], saved[known]))
 
 
 def _load_full_rank(source: Source, optimizer: LowRankAdamW) -> None:
@@ -253,6 +254,9 @@ def _load_full_rank(source: Source, optimizer: LowRankAdamW) -> None:
     projected = {plan.parameter for plan in optimizer.plans}
     for key in [k for k in optimizer.state if isinstance(k, Tensor)]:
         del optimizer.state[key]
+    if isinstance(optimizer.full_rank, EightBitFullRank):
+        optimizer.full_rank.load(optimizer.state, source)
+        return
     shapes = {m.name: m.shape for m in optimizer.members}
     for name in shapes:
         here = name in layout.pieces
@@ -268,7 +272,7 @@ def _load_full_rank(source: Source, optimizer: LowRankAdamW) -> None:
         # A flat buffer has one counter for all that lies in it.
         state["step"].fill_(max(float(state["step"]), steps))
         for moment in MOMENTS if here else ():  # DTensors have a state on ranks that hold nothing, too
-            found = _piece(source, name, moment, layout.pieces[name], shapes[name])
+            found = read_moment(source, name, moment, layout.pieces[name], shapes[name])
             flat = local_tensors([state[moment]])[0].view(-1)
             flat[offset : offset + found.numel()].copy_(found)
 
@@ -290,16 +294,5 @@ def _matrix_state(source: Source, optimizer: LowRankAdamW, plan: MatrixPlan) -> 
     return state
 
 
-def _some(source: Source, name: str, key: str, start: int, stop: int) -> Tensor:
-    found = source.elements(name, key, start, stop)
-    if found is None:
-        raise ValueError(f"{source.folder} has no {key} of {name}: a file is incomplete")
-    return found
-
-
-def _piece(source: Source, name: str, key: str, piece: Piece, shape: tuple[int, ...]) -> Tensor:
-    """1-D elements of a piece of a parameter."""
-    if piece.dim is None:
-        return _some(source, name, key, piece.start, piece.stop)
-    whole = _some(source, name, key, 0, torch.Size(shape).numel()).view(shape)
-    return whole.narrow(piece.dim, piece.start, piece.stop - piece.start).reshape(-1)
+def _weights(source: Source, name: str, start: int, stop: int) -> Tensor:
+    return read_piece(source, name, "weight", Piece(start, stop), ())

@@ -3,6 +3,7 @@
 Four of them move everything that has to move. An all-to-all of 1-D pieces, in which most pairs exchange nothing,
 carries rows of cut matrices and bases on their way to their keepers; an all-gather joins the slices of a basis and
 hands new weights round; a reduction adds Grams on their owner; a sum of small matrices serves the overlap of two bases.
+A fifth, a maximum, is of a few numbers: the scales of 8-bit blocks that a boundary cuts.
 No process group is made beside the framework's. All are asynchronous, so that they run while something is computed, and
 are started in the same order on every rank.
 """
@@ -155,6 +156,27 @@ class Comm:
         self.sent_bytes[purpose] += 2 * (mates - 1) * tensor.numel() * tensor.element_size() // mates
         return self._start(
             "sum", purpose, lambda: dist.all_reduce(tensor, group=self.ranks.copy_group, async_op=True), lambda: tensor
+        )
+
+    def maximum(self, tensor: Tensor, purpose: str) -> Pending[Tensor]:
+        """The largest of each number over the ranks of one copy of the model, for all. Collective over them.
+
+        Args:
+            tensor: whole numbers (of floating ones gloo may lose a NaN); overwritten.
+            purpose: see :meth:`exchange`.
+
+        Returns:
+            ``tensor``.
+        """
+        mates = len(self.ranks.mates)
+        if mates == 1:
+            return done(tensor)
+        self.sent_bytes[purpose] += 2 * (mates - 1) * tensor.numel() * tensor.element_size() // mates
+        return self._start(
+            "maximum",
+            purpose,
+            lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.ranks.copy_group, async_op=True),
+            lambda: tensor,
         )
 
     def gather_objects(self, value: Any, purpose: str = "plans") -> list[Any]:

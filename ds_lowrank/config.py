@@ -42,7 +42,8 @@ class LowRankConfig:
             (True), or all of it (False).
         gram_dtype: ``float32``, ``float64``, or ``auto``: float64 on a CPU, float32 elsewhere.
         state_dtype: how moments are kept: ``fp32`` (float64 for float64 weights), ``bf16``, or ``int8``: codes in
-            blocks of 64 within a row, with a scale each; moments of other parameters are in bf16 then.
+            blocks of 64 within a row, with a scale each; of parameters that are not projected, in blocks of 64
+            elements.
         basis_dtype: how bases are kept: ``fp32``, ``bf16``, ``int8``, or ``int4``.
         stochastic_rounding: of weights that are bf16 without an fp32 master copy (FSDP2, DDP, one process, DeepSpeed
             with ``bf16_master_weights_and_grads``), where updates smaller than half a step would be lost.

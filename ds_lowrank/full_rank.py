@@ -1,21 +1,22 @@
 """Plain AdamW for the parameters that are not projected: torch's own, on moments that may be narrower.
 
-Their moments are kept as the weights are, or in bf16 where those of projected matrices are kept in bf16 or int8. Not in
-int8: ZeRO cuts its flat buffers anywhere, so blocks of a scale each would depend on the number of ranks.
+Their moments are kept as the weights are, or in bf16; in int8 by :mod:`ds_lowrank.adamw8bit`, which needs to know where
+a parameter begins in the flat buffers that are stepped here.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ds_lowrank.layouts import BF16_MASTER, Layout, LayoutError, Piece, local_tensors
+from ds_lowrank.layouts import BF16_MASTER, Layout, LayoutError, Member, Piece, local_tensors
+from ds_lowrank.states.formats import Formats
 from ds_lowrank.states.rounding import PART, random_bits, round_stochastic, rounding_key
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -25,10 +26,17 @@ _PART = 1 << 22
 
 
 def moment_dtype(state_dtype: str, weights: torch.dtype) -> torch.dtype:
-    """Dtype of the moments of weights that are not projected: bf16, or float32 at least; float64 for float64."""
-    if state_dtype == "fp32" or weights == torch.float64:
+    """Dtype of moments that are numbers: bf16, or float32 at least; float64 for float64 weights."""
+    if state_dtype != "bf16" or weights == torch.float64:
         return torch.promote_types(weights, torch.float32)
     return torch.bfloat16
+
+
+def moment_bytes(state_dtype: str, weights: torch.dtype, numel: int) -> int:
+    """Bytes of both moments of consecutive weights that are not projected, from a parameter's first one on."""
+    if state_dtype == "int8":
+        return 2 * Formats(state_dtype).exp_avg.bytes(1, numel)
+    return 2 * numel * moment_dtype(state_dtype, weights).itemsize
 
 
 def new_state(tensor: Tensor, state_dtype: str) -> dict[str, Tensor]:
@@ -134,6 +142,76 @@ def step_full_rank(
     for p in params:
         if p in apart:
             _step_in_parts(group, p, states[p], rounding)
+
+
+class FullRank(Protocol):
+    """States and steps of the parameters that are not projected, in an optimizer's ``state``."""
+
+    def ensure(self, states: MutableMapping[Any, Any]) -> None:
+        """Make what is missing of what a framework wants to see before the first step."""
+        ...
+
+    def step(self, names: Sequence[str], group: Mapping[str, Any], states: MutableMapping[Any, Any]) -> None:
+        """Step parameters of a group.
+
+        Args:
+            names: those that are to move, the same on all ranks; ``group["params"]`` are the tensors they lie in.
+            group: also AdamW's hyper-parameters.
+            states: the optimizer's.
+        """
+        ...
+
+    def collect(self, states: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
+        """Entries of a ``state_dict`` by parameter, beside what torch makes of ``states``."""
+        ...
+
+    def adopt(self, states: MutableMapping[Any, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on with what was loaded: ``states``, and what :meth:`collect` has made."""
+        ...
+
+
+class WideFullRank:
+    """Moments as numbers, on whatever tensors a framework has put into the groups.
+
+    Args:
+        layout: how the parameters lie.
+        members: of the parameters that are not projected.
+        state_dtype: ``fp32`` or ``bf16``.
+        rounding: writes bf16 weights; ``None``: they are rounded to nearest.
+    """
+
+    def __init__(self, layout: Layout, members: Sequence[Member], state_dtype: str, rounding: Rounding | None):
+        self._state_dtype, self._rounding = state_dtype, rounding
+        # torch's checkpoints want them all, on all ranks
+        self._tensors = [m.parameter for m in members] if layout.by_parameter else []
+
+    def ensure(self, states: MutableMapping[Any, Any]) -> None:  # noqa: D102
+        ensure_full_rank(self._tensors, states, self._state_dtype)
+
+    def step(  # noqa: D102
+        self, names: Sequence[str], group: Mapping[str, Any], states: MutableMapping[Any, Any]
+    ) -> None:
+        step_full_rank(group, states, self._state_dtype, self._rounding)
+
+    def collect(self, states: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:  # noqa: D102
+        return {}
+
+    def adopt(self, states: MutableMapping[Any, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:  # noqa: D102
+        pass
+
+
+def keep_dtypes(states: MutableMapping[Any, Any], loaded: Mapping[Any, Any], tensors: Mapping[Any, Tensor]) -> None:
+    """Undo what torch's loader did to the moments of full-rank parameters: it casts them to the dtype of the weights.
+
+    Args:
+        states: the optimizer's, after the load.
+        loaded: number -> state, as it was saved.
+        tensors: number -> tensor of the groups.
+    """
+    for key, tensor in tensors.items():
+        for moment in MOMENTS:
+            if moment in loaded.get(key, {}):
+                states[tensor][moment] = loaded[key][moment].to(tensor.device)
 
 
 def _adamw(

@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from ds_lowrank import manifest
 from ds_lowrank.checkpoint import open_checkpoint, trainer_step
+from ds_lowrank.states.blocks import count
 
 
 def describe_checkpoint(folder: str | Path) -> dict[str, Any]:
@@ -56,12 +58,16 @@ def describe_checkpoint(folder: str | Path) -> dict[str, Any]:
         "file_bytes": sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()),
         "weights": sum(math.prod(shape) for shape in source.parameters().values()),
         "low_rank_bytes": sum(m["bytes"] for m in matrices),
-        "adamw_bytes": sum(2 * math.prod(s) * source.moment_dtype(n).itemsize for n, s in full_rank.items()),
+        "adamw_bytes": sum(_moment_bytes(source.moment_dtype(n), math.prod(s)) for n, s in full_rank.items()),
         "state_dtype": formats and formats[0],
         "basis_dtype": formats and formats[1],
         "matrices": matrices,
         "full_rank": [{"name": name, "shape": list(shape)} for name, shape in full_rank.items()],
     }
+
+
+def _moment_bytes(dtype: torch.dtype, numel: int) -> int:
+    return 2 * (numel * dtype.itemsize + (4 * count(numel) if dtype == torch.uint8 else 0))
 
 
 def print_checkpoint(facts: dict[str, Any], console: Console | None = None) -> None:

@@ -72,6 +72,11 @@ class Layerwise:
             hook = partial(_call, weakref.WeakMethod(self._ready), name)
             setattr(parameter, _HOOK, parameter.register_post_accumulate_grad_hook(hook))
 
+    @property
+    def stepped(self) -> set[str]:
+        """Parameters that have stepped in this backward pass."""
+        return set(self._stepped)
+
     def remaining(self, plans: Sequence[MatrixPlan]) -> list[MatrixPlan]:
         """Those of ``plans`` that have not stepped in the backward pass; the next pass begins anew."""
         waiting = {plan.name for _, due in self._waiting.values() for plan in due}

@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ds_lowrank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.adopt import adopt_states, own_entries, take_entries
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
-from ds_lowrank.full_rank import MOMENTS, ensure_full_rank, step_full_rank, weight_rounding
+from ds_lowrank.full_rank import FullRank, WideFullRank, keep_dtypes, weight_rounding
 from ds_lowrank.gradients import GradientCheck
 from ds_lowrank.layerwise import Layerwise
 from ds_lowrank.layouts import (
@@ -27,7 +28,7 @@ from ds_lowrank.layouts import (
     whole_shape,
 )
 from ds_lowrank.parameter_states import ParameterStates
-from ds_lowrank.pieces import DESCRIPTION_KEY, STATE_KEY, describe_pieces
+from ds_lowrank.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, STATE_KEY, describe_pieces
 from ds_lowrank.plan import MatrixPlan, make_plan
 from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats, gram_dtype_on
 from ds_lowrank.specs import LOWRANK_KEYS, MatrixSpec, make_specs
@@ -138,7 +139,6 @@ class LowRankAdamW(torch.optim.Optimizer):
             accumulation_steps=accumulation_steps,
         )
         self.formats = Formats(state_dtype, basis_dtype)
-        self._full_rank_options: dict[str, Any] = {"state_dtype": state_dtype}
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         # Sharding frameworks replace a group's params by flat buffers, cut the list of groups during a step and
         # replace the group dicts on a load. What belongs to the user's parameters is therefore kept here, by name.
@@ -155,6 +155,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._stepper: LowRankStep | None = None
         self._refresher: Refresher | None = None
         self._layerwise: Layerwise | None = None
+        self.full_rank: FullRank  # the parameters that are not projected; there once the layout is found
         self._complete: dict[str, MatrixState] | None = None  # the states that need no further look
         self._to_adopt: dict[str, Any] = {}  # entries of a loaded state, by parameter
         self._consolidated: dict[str, dict[str, Tensor]] | None = None  # until the next step
@@ -272,30 +273,22 @@ class LowRankAdamW(torch.optim.Optimizer):
                 state = self._stepper.new_state(plan)
                 if state is not None:
                     states[plan.name] = state
-        if self._layout.by_parameter:  # torch's checkpoints want them all, on all ranks
-            projected = {plan.parameter for plan in self._plans}
-            rest = [m.parameter for m in self._members if m.name not in projected]
-            ensure_full_rank(rest, self.state, self.formats.state_dtype)
+        self.full_rank.ensure(self.state)
 
     def _adopt_loaded(self, states: dict[str, MatrixState]) -> None:
         assert self._stepper is not None
         assert self._layout is not None
-        if self._layout.by_parameter:
-            states.update(self._parameter_states.adopt(own_entries(self._to_adopt)))
-            self._to_adopt = {}
-        adopt_states(states, self._stateful, self._stepper, self._comm)
-        missing = [plan.name for plan in self._stateful if plan.name not in states]
-        if missing and len(self.state) > 1:  # accelerate loads the empty state that it took from here
-            logger.warning(
-                "the loaded optimizer state has nothing for %d of the %d matrices here (%s, ...): they start anew",
-                len(missing),
-                len(self._stateful),
-                missing[0],
-            )
         projected = {plan.parameter for plan in self._plans}
+        entries, self._to_adopt = self._to_adopt, {}
+        loaded = bool(entries) or len(self.state) > 1
+        if self._layout.by_parameter:
+            low = own_entries({n: entry for n, entry in entries.items() if n in projected})
+            states.update(self._parameter_states.adopt(low))
+        adopt_states(states, self._stateful, self._stepper, self._comm, loaded)
         for tensor in [key for key in self.state if isinstance(key, Tensor)]:
             if projected.intersection(self._layout.names_in(tensor)):
                 del self.state[tensor]  # what another optimizer kept for them
+        self.full_rank.adopt(self.state, {n: entry for n, entry in entries.items() if n not in projected})
         self._loaded = False
 
     def _find_layout(self) -> None:
@@ -323,7 +316,13 @@ class LowRankAdamW(torch.optim.Optimizer):
         gram_dtype = gram_dtype_on(config.gram_dtype, layout.ranks.device)
         self._refresher = Refresher(comm, config.selection, config.moments, config.seed, gram_dtype, self.formats)
         seed = config.seed if config.stochastic_rounding else None
-        self._full_rank_options["rounding"] = weight_rounding(layout, {m.name: m.shape for m in members}, seed)
+        rounding = weight_rounding(layout, {m.name: m.shape for m in members}, seed)
+        projected = {plan.parameter for plan in self._plans}
+        rest = [m for m in members if m.name not in projected]
+        if config.state_dtype == "int8":
+            self.full_rank = EightBitFullRank(layout, comm, rest, rounding)
+        else:
+            self.full_rank = WideFullRank(layout, rest, config.state_dtype, rounding)
         self._stepper = LowRankStep(layout, comm, self._refresher, self.formats, seed)
         rank = layout.ranks.rank
         self._stateful = [p for p in self._plans if p.shared or p.shares[rank] is not None]
@@ -354,8 +353,8 @@ class LowRankAdamW(torch.optim.Optimizer):
             stepper,
             self._adopted_states,
             lambda: dict(enumerate(self._all_groups)),
-            lambda name, parameter: step_full_rank(
-                {**self._all_groups[self._group_of[name]], "params": [parameter]}, self.state, **self._full_rank_options
+            lambda name, parameter: self.full_rank.step(
+                [name], {**self._all_groups[self._group_of[name]], "params": [parameter]}, self.state
             ),
             average,
             self.config.wave_size,
@@ -391,6 +390,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             packed[DESCRIPTION_KEY] = describe_pieces(self._layout, self._members, self._plans, self._all_groups)
             return packed
         states = packed["state"].pop(STATE_KEY)
+        packed["state"].pop(EIGHT_BIT_KEY, None)
         if self._layout.dealt:
             if self._consolidated is None:
                 raise RuntimeError(
@@ -400,6 +400,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             entries = self._consolidated
         else:
             entries = self._parameter_states.collect(states)
+        entries = {**entries, **self.full_rank.collect(self.state)}
         for index, member in enumerate(self._members):
             if member.name in entries:
                 packed["state"][index] = entries[member.name]
@@ -424,13 +425,12 @@ class LowRankAdamW(torch.optim.Optimizer):
             state_dict: of this class, from the same kind of layout (:func:`ds_lowrank.load_checkpoint` takes any).
         """
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        loaded, state_dict = take_entries(state_dict, self._members, {spec.parameter for spec in self._specs})
+        projected = {spec.parameter for spec in self._specs}
+        loaded, state_dict = take_entries(state_dict, self._members, projected, self.config.state_dtype == "int8")
         super().load_state_dict(state_dict)
         self._to_adopt = loaded
-        for key, tensor in zip(ids, (p for group in self.param_groups for p in group["params"])):
-            for moment in MOMENTS:  # torch's loader has cast them, too
-                if moment in state_dict["state"].get(key, {}):
-                    self.state[tensor][moment] = state_dict["state"][key][moment].to(tensor.device)
+        tensors = dict(zip(ids, (p for group in self.param_groups for p in group["params"])))
+        keep_dtypes(self.state, state_dict["state"], tensors)
 
     # -- step -----------------------------------------------------------------------------------------------------
 
@@ -457,6 +457,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         stepping: set[str] = set()
         groups: dict[int, dict[str, Any]] = {}
         lowrank = {plan.group for plan in self._plans}
+        done = frozen | (self._layerwise.stepped if self._layerwise is not None else set())
         for group in self.param_groups:
             names = [name for tensor in group["params"] for name in self._layout.names_in(tensor)]
             index = self._group_of[names[0]] if names else -1
@@ -464,7 +465,7 @@ class LowRankAdamW(torch.optim.Optimizer):
                 stepping.update(name for name in names if name not in frozen)
                 groups[index] = group
             elif names:
-                step_full_rank(group, self.state, **self._full_rank_options)
+                self.full_rank.step([name for name in names if name not in done], group, self.state)
         plans = [p for p in self._plans if p.parameter in stepping]
         if self._layerwise is not None:
             plans = self._layerwise.remaining(plans)

@@ -15,6 +15,7 @@ from ds_lowrank.plan import MatrixPlan
 # Low-rank states hang on a string key of ``state``: torch's and DeepSpeed's loaders cast what hangs on a parameter
 # to its dtype and pass over the rest.
 STATE_KEY = "lowrank"
+EIGHT_BIT_KEY = "adamw8bit"  # the same for 8-bit moments of parameters that are not projected
 DESCRIPTION_KEY = "ds_lowrank"
 FORMAT = 1
 

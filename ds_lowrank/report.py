@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ds_lowrank.full_rank import moment_dtype
+from ds_lowrank.full_rank import moment_bytes
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.states.formats import Formats
@@ -104,8 +104,8 @@ def make_report(optimizer: LowRankAdamW) -> Report:
     # Full-rank parameters are cut evenly, whatever they are, but for layouts that cut nothing.
     over = 1 if layout.dealt else len(layout.ranks.mates)
     ours = optimizer.formats.state_dtype
-    kept = {m.name: moment_dtype(ours, layout.dtype(m.name)).itemsize for m in rest}
-    full, theirs = (-(-sum(2 * numel[m.name] * size[m.name] for m in rest) // over) for size in (kept, adamw))
+    kept = sum(moment_bytes(ours, layout.dtype(m.name), numel[m.name]) for m in rest)
+    full, theirs = (-(-count // over) for count in (kept, sum(2 * numel[m.name] * adamw[m.name] for m in rest)))
     return Report(
         layout=layout.kind,
         ranks=ranks,

@@ -20,8 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ds_lowrank.layouts import Piece
 from ds_lowrank.layouts.zero_files import packed_state
-from ds_lowrank.pieces import DESCRIPTION_KEY, STATE_KEY
+from ds_lowrank.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, STATE_KEY
+from ds_lowrank.states.blocks import BLOCK
 from ds_lowrank.states.formats import ROW_KEYS, Formats, saved_formats
 
 NUMBERS = ("step", "refreshes", "indices", "overlaps")
@@ -77,7 +79,7 @@ class Source(Protocol):
         ...
 
     def moment_dtype(self, parameter: str) -> torch.dtype:
-        """Dtype of AdamW's moments of a parameter in :meth:`full_rank`."""
+        """Dtype of AdamW's moments of a parameter in :meth:`full_rank`; uint8: they are codes."""
         ...
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -85,8 +87,8 @@ class Source(Protocol):
         ...
 
     def elements(self, parameter: str, key: str, start: int, stop: int) -> Tensor | None:
-        """Elements [start, stop) of a flattened parameter's ``weight``, ``exp_avg`` or ``exp_avg_sq``; ``None``: not in
-        the checkpoint.
+        """Elements [start, stop) of a flattened parameter's ``weight``, ``exp_avg`` or ``exp_avg_sq``, or of their
+        ``_codes``; of their ``_scale`` blocks [start, stop). ``None``: not in the checkpoint.
         """
         ...
 
@@ -101,6 +103,21 @@ class Source(Protocol):
     def numbers(self, matrix: str) -> dict[str, Any]:
         """``step``, ``refreshes``, ``indices`` (r), ``overlaps``."""
         ...
+
+
+def read_piece(source: Source, name: str, key: str, piece: Piece, shape: tuple[int, ...]) -> Tensor:
+    """1-D elements of a piece of a parameter, see :meth:`Source.elements`.
+
+    Raises:
+        ValueError: the checkpoint lacks them.
+    """
+    start, stop = (piece.start, piece.stop) if piece.dim is None else (0, torch.Size(shape).numel())
+    found = source.elements(name, key, start, stop)
+    if found is None:
+        raise ValueError(f"{source.folder} has no {key} of {name}: a file is incomplete")
+    if piece.dim is None:
+        return found
+    return found.view(shape).narrow(piece.dim, piece.start, piece.stop - piece.start).reshape(-1)
 
 
 def load_file(path: Path) -> Any:
@@ -184,11 +201,15 @@ class WholeSource:
 
     def full_rank(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
         projected = {saved.parameter for saved in self.matrices.values()}
-        found = {n: e["exp_avg"] for n, e in self._states.items() if n not in projected and "exp_avg" in e}
-        return {name: tuple(tensor.shape) for name, tensor in found.items()}
+        kept = ((n, key) for n in self._states if n not in projected and (key := self._moment(n)))
+        return {name: tuple(self._states[name][key].shape) for name, key in kept}
 
     def moment_dtype(self, parameter: str) -> torch.dtype:  # noqa: D102
-        return self._states[parameter]["exp_avg"].dtype
+        return self._states[parameter][self._moment(parameter)].dtype
+
+    def _moment(self, parameter: str) -> str:
+        """Key of M; empty: there is none."""
+        return next((key for key in ("exp_avg", "exp_avg_codes") if key in self._states[parameter]), "")
 
     def parameters(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
         return {name: tuple(tensor.shape) for name, tensor in self._weights.items()}
@@ -274,7 +295,9 @@ class ZeroSource:
         return {n: shape for n, shape in self._shapes.items() if n not in projected and self.counter(n) is not None}
 
     def moment_dtype(self, parameter: str) -> torch.dtype:  # noqa: D102
-        found = self.elements(parameter, "exp_avg", 0, 1)
+        found = self.elements(parameter, "exp_avg_codes", 0, 1)
+        if found is None:
+            found = self.elements(parameter, "exp_avg", 0, 1)
         assert found is not None
         return found.dtype
 
@@ -283,32 +306,45 @@ class ZeroSource:
 
     def elements(self, parameter: str, key: str, start: int, stop: int) -> Tensor | None:  # noqa: D102
         found: Tensor | None = None
-        missing = stop - start
+        per = BLOCK if key.endswith("_scale") else 1
+        covered = torch.zeros(stop - start, dtype=torch.bool)  # a scale may be on several ranks
         for rank, about in enumerate(self._about):
             piece = about["parameters"].get(parameter, {})
-            a, b = max(start, piece.get("start", 0)), min(stop, piece.get("stop", 0))
+            first = piece.get("start", 0) // per
+            a, b = max(start, first), min(stop, -(-piece.get("stop", 0) // per))
             if a >= b:
                 continue
-            if key == "weight":
-                flat = self._masters[rank][piece["unit"]]
-            else:
-                flat = self._packed[rank].get(piece["state"], {}).get(key)
+            flat, offset = self._flat(rank, parameter, piece, key)
             if flat is None:
                 return None
-            first = piece["offset"] + a - piece["start"]
+            at = offset + a - first
             if found is None:
                 found = torch.empty(stop - start, dtype=flat.dtype)
-            found[a - start : b - start] = flat[first : first + b - a]
-            missing -= b - a
-        if missing:
+            found[a - start : b - start] = flat[at : at + b - a]
+            covered[a - start : b - start] = True
+        if not covered.all():
+            missing = int((~covered).sum())
             raise ValueError(f"{self.folder} lacks {missing} elements of {key} of {parameter}: a file is damaged")
         return found
 
+    def _flat(self, rank: int, parameter: str, piece: Mapping[str, Any], key: str) -> tuple[Tensor | None, int]:
+        """What a rank has under ``key``, 1-D, and where in it its piece of a parameter begins."""
+        own = self._eight_bit(rank, parameter)
+        if key in own:
+            return own[key], 0
+        if key == "weight":
+            return self._masters[rank][piece["unit"]], piece["offset"]
+        return self._packed[rank].get(piece["state"], {}).get(key), piece["offset"]
+
+    def _eight_bit(self, rank: int, parameter: str) -> Mapping[str, Any]:
+        return self._packed[rank].get(EIGHT_BIT_KEY, {}).get(parameter, {})
+
     def counter(self, parameter: str) -> float | None:  # noqa: D102
         for rank, about in enumerate(self._about):
-            state = self._packed[rank].get(about["parameters"].get(parameter, {}).get("state"), {})
-            if "step" in state:
-                return float(state["step"])
+            flat = self._packed[rank].get(about["parameters"].get(parameter, {}).get("state"), {})
+            for state in (self._eight_bit(rank, parameter), flat):
+                if "step" in state:
+                    return float(state["step"])
         return None
 
     def rows(self, matrix: str, key: str, start: int, stop: int) -> Tensor:  # noqa: D102

@@ -10,6 +10,7 @@ from ds_lowrank.full_rank import moment_dtype
 from ds_lowrank.planner.formats import adamw8bit_bytes, rows_bytes
 from ds_lowrank.planner.places import Places, padded_share, partition_size
 from ds_lowrank.planner.setup import Setup
+from ds_lowrank.states.runs import runs_of
 
 OPTIMIZERS = ("AdamW", "8-bit AdamW", "GaLore unsharded", "ds_lowrank")
 
@@ -53,9 +54,19 @@ def states_of(optimizer: str, places: Places, setup: Setup, rank: int) -> States
         if share is not None:
             moments += 2 * rows_bytes(share.rows, plan.rank, setup.state_dtype)
             bases += rows_bytes(plan.kept(rank), plan.rank, setup.basis_dtype)
+    if setup.state_dtype == "int8":
+        return States(moments + _codes(places, rank), bases)
     weights = torch.bfloat16 if setup.master == "bf16" else torch.float32
     width = moment_dtype(setup.state_dtype, weights).itemsize
     return States(moments + _full_rank(places, setup, rank, width), bases)
+
+
+def _codes(places: Places, rank: int) -> int:
+    """Moments of what is not projected in codes, without padding, and scales."""
+    shapes = {n: s for g in places.groups for n, s in g.items() if n not in places.projected}
+    pieces = ((piece, shapes[n]) for n, piece in places.pieces[rank].items() if n in shapes)
+    every = (runs_of(p.start, p.stop, p.dim, shape) for p, shape in pieces)
+    return sum(2 * (runs.numel + 4 * runs.count * runs.slots) for runs in every)
 
 
 def _full_rank(places: Places, setup: Setup, rank: int, width: int) -> int:

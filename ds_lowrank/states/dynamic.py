@@ -43,7 +43,7 @@ def midpoints(signed: bool, device: torch.device | str = "cpu") -> Tensor:
     return ((values[1:] + values[:-1]) / 2).float().to(device)
 
 
-def quantise(x: Tensor, signed: bool, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, signed: bool, block: int = BLOCK, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of a matrix, block by block within its rows.
 
     Rounds to the nearest value of the map (to the lower one in the middle). Zero stays zero, and of V nothing else
@@ -55,11 +55,12 @@ def quantise(x: Tensor, signed: bool, block: int = BLOCK) -> tuple[Tensor, Tenso
             infinite when it is read again: nothing that went wrong is hidden.
         signed: which map.
         block: numbers a block.
+        scales: of blocks of which ``x`` is a part only; ``None``: the largest absolute values.
 
     Returns:
-        codes (rows × r, uint8) and scales (rows × ⌈r / block⌉, float32), the largest absolute values.
+        codes (rows × r, uint8) and scales (rows × ⌈r / block⌉, float32).
     """
-    scales = largest(x, block)
+    scales = largest(x, block) if scales is None else scales
     unit = x / spread(torch.where(scales > 0, scales, 1.0), x.shape[1], block)
     codes = torch.bucketize(unit, midpoints(signed, x.device), out_int32=True)
     if not signed:

@@ -30,6 +30,13 @@ def test_a_run_without_an_fp32_master_holds_what_was_planned(pools, layout, stat
     _compare(pools, replace(case, state_dtype=state_dtype))
 
 
+@pytest.mark.parametrize("state_dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("layout", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_so_it_does_with_narrow_moments_of_all_parameters(pools, layout, state_dtype):
+    narrow = {"state_dtype": state_dtype, "targets": r"layers\.0\..*"}
+    _compare(pools, Case(layout=layout, shapes="small", rank=3, accumulation=1, clip=0.0, **narrow))
+
+
 def _compare(pools, case: Case) -> None:
     layout = case.layout
     for rank, (found, pieces, plans) in enumerate(pools(2).run(_run, case)):
@@ -38,6 +45,7 @@ def _compare(pools, case: Case) -> None:
             setup, _ = from_deepspeed(deepspeed_config(case), 2, 0, state_dtype=case.state_dtype)
         else:
             setup = Setup(layout, 2, dtype="fp32", communication_dtype="fp32")
+        setup = setup.replace(state_dtype=case.state_dtype)
         places = find_places(model, LowRankConfig.from_dict(case.options), setup)
         assert places.pieces[rank] == pieces
         assert repr(places.plans) == plans
