@@ -4,9 +4,10 @@
 
 One decoder layer's matrices with random gradients. The optimizers take turns within a repetition, so that a slow
 moment of the machine hits all of them; medians over repetitions. ``step_ms`` is an ordinary step, ``refresh_ms`` one
-in which every matrix refreshes. Ratios are to AdamW (foreach); ``gemm_ratio`` is the step over its own two matrix
-products alone (project, lift); ``vs_galore`` columns are galore-torch's time over ours. The rows of single matrices
-are there because what a refresh gains depends on the shape.
+in which every matrix refreshes. Ratios are to AdamW (foreach), ``fused_ratio`` is to AdamW (fused); ``gemm_ratio`` is
+the step over its own two matrix products alone (project, lift); ``vs_galore`` columns are galore-torch's time over
+ours. The rows of single matrices are there because what a refresh gains depends on the shape. Off a GPU the int8
+moments are computed by the kernels' twins in torch, which are not made to be fast.
 """
 
 from __future__ import annotations
@@ -64,11 +65,16 @@ def measure(label: str, shapes: Shapes, rank: int, device: str, steps: int, refr
     """Rows of all optimizers on one set of matrices."""
     contestants = {
         "AdamW foreach": _adamw(shapes, device),
+        "AdamW fused": _adamw(shapes, device, fused=True),
         "galore-torch": _galore(shapes, rank, device),
         "ours, fp32 Gram": _ours(shapes, rank, device, "float32"),
     }
     if refreshes:  # an ordinary step has no Gram
         contestants["ours, fp64 Gram"] = _ours(shapes, rank, device, "float64")
+    else:
+        contestants["ours, int8 states"] = _ours(
+            shapes, rank, device, "float32", state_dtype="int8", basis_dtype="bf16"
+        )
     products = _products(shapes, rank, device)
     for optimizer, _ in contestants.values():  # the first step makes states and bases
         optimizer.step()
@@ -87,11 +93,12 @@ def measure(label: str, shapes: Shapes, rank: int, device: str, steps: int, refr
             {
                 "optimizer": name,
                 "shapes": label,
-                "rank": rank if name != "AdamW foreach" else None,
+                "rank": None if name.startswith("AdamW") else rank,
                 "step_ms": times[name],
                 "refresh_ms": refresh.get(name),
                 "state_bytes": state,
                 "step_ratio": times[name] / base,
+                "fused_ratio": times[name] / times["AdamW fused"],
                 "refresh_ratio": refresh[name] / base if name in refresh else None,
                 "state_ratio": state / adamw_bytes,
                 "gemm_ratio": times[name] / times["products"] if ours else None,
@@ -123,8 +130,8 @@ def _weights(shapes: Shapes, device: str) -> list[nn.Parameter]:
     return weights
 
 
-def _adamw(shapes: Shapes, device: str) -> Contestant:
-    return torch.optim.AdamW(_weights(shapes, device), foreach=True, **ADAMW), None
+def _adamw(shapes: Shapes, device: str, fused: bool = False) -> Contestant:
+    return torch.optim.AdamW(_weights(shapes, device), foreach=not fused, fused=fused, **ADAMW), None
 
 
 def _galore(shapes: Shapes, rank: int, device: str) -> Contestant:
