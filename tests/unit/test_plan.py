@@ -153,11 +153,14 @@ def test_what_saves_memory_does():
     assert planned(2, checkpointing=True).ours.peak < base
     assert planned(2, state_dtype="int8").ours.resident < planned(2, state_dtype="bf16").ours.resident
     assert planned(2, master="bf16").ours.resident < planned(2).ours.resident
-    # The rest of the moments is fp32 beside fp32 states, and bf16 beside narrower ones.
-    for narrow in ("bf16", "int8"):
-        ours, kept = (planned(2, state_dtype=d).ours.moments["resident"]["states"] for d in (narrow, "fp32"))
-        low = {"bf16": 2 * 2 * 16, "int8": 2 * (16 + 4)}[narrow] * (4 * 64 + 3 * 176)
-        assert (ours, kept) == (low + 4 * REST // 4, 2 * 4 * 16 * (4 * 64 + 3 * 176) + 8 * REST // 4)
+    blocks = -(-REST // 4 // 64)  # of what is not projected, on the first rank
+    for narrow, row, rest in (
+        ("fp32", 2 * 4 * 16, 8 * REST // 4),
+        ("bf16", 2 * 2 * 16, 4 * REST // 4),
+        ("int8", 2 * (16 + 4), 2 * (REST // 4 + 4 * blocks)),
+    ):
+        ours = planned(2, state_dtype=narrow).ours.moments["resident"]["states"]
+        assert ours == row * (4 * 64 + 3 * 176) + rest
     offloaded = planned(2, more={"offload_optimizer": {"device": "cpu"}}).ours
     assert offloaded.resident < planned(2).ours.resident
     assert offloaded.host > 0
