@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ds_lowrank.config import LowRankConfig
-from ds_lowrank.planner.memory import MemoryPlan, configured, plan_setup
+from ds_lowrank.planner.memory import MemoryPlan, plan_setup
 from ds_lowrank.planner.model import Model
 from ds_lowrank.planner.setup import Setup
 
@@ -46,7 +46,7 @@ def advise(model: Model, config: LowRankConfig, setup: Setup, gpu_memory: float,
         if changed is not None:
             plan = plan_setup(model, config, changed)
             if plan.fits(gpu_memory, margin=margin):
-                alone.append(Advice([_marked(label, plan)], plan))
+                alone.append(Advice([label], plan))
     if alone:
         return alone
     together: list[str] = []
@@ -57,14 +57,10 @@ def advise(model: Model, config: LowRankConfig, setup: Setup, gpu_memory: float,
         before, plan = plan_setup(model, config, setup), plan_setup(model, config, changed)
         if plan.ours.peak < before.ours.peak:
             setup = changed
-            together.append(_marked(label, plan))
+            together.append(label)
             if plan.fits(gpu_memory, margin=margin):
                 return [Advice(together, plan)]
     return []
-
-
-def _marked(label: str, plan: MemoryPlan) -> str:
-    return label if configured(plan) else f"{label} (planned only)"
 
 
 def _changes() -> Iterator[tuple[str, Callable[[Setup], Setup | None]]]:

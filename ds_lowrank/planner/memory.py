@@ -13,7 +13,6 @@ from torch import nn
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.layouts import BF16_MASTER
 from ds_lowrank.planner.activations import Activations, activations
-from ds_lowrank.planner.formats import planned_only
 from ds_lowrank.planner.frameworks import Frame, frame
 from ds_lowrank.planner.model import Model, read_model
 from ds_lowrank.planner.places import Places, find_places
@@ -247,9 +246,6 @@ def _notes(model: Model, setup: Setup) -> list[str]:
     notes = ["not in the figures: the CUDA context, NCCL's buffers, the allocator's fragmentation"]
     if model.decoder is None:
         notes.append("activations are not planned: the model's configuration is not that of a LLaMA-like decoder")
-    for option in ("state_dtype", "basis_dtype"):
-        if planned_only(option, getattr(setup, option)):
-            notes.append(f"planned only: {option} {getattr(setup, option)} cannot be configured yet")
     if setup.master == "bf16" and setup.kind.startswith("zero"):
         notes.append(f"no fp32 master: DeepSpeed needs {BF16_MASTER}")
     if setup.offload:
@@ -257,8 +253,3 @@ def _notes(model: Model, setup: Setup) -> list[str]:
     if setup.kind.startswith("zero"):
         notes.append("galore-torch does not run under ZeRO: its column is what it would hold, laid out as on FSDP2")
     return notes
-
-
-def configured(plan: MemoryPlan) -> bool:
-    """Whether a plan can be run as it is: nothing in it is planned only."""
-    return not any(note.startswith("planned only") for note in plan.notes)
