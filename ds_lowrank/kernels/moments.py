@@ -33,9 +33,8 @@ def kept_direction_(
     Returns:
         N, rows × r.
     """
-    if gradient.dtype == torch.float32 and fused(gradient):
-        return fused_direction_(formats, state, gradient, step, betas, eps)
-    return torch_direction_(formats, state, gradient, step, betas, eps)
+    direction = fused_direction_ if gradient.dtype == torch.float32 and fused(gradient) else torch_direction_
+    return direction(formats, state, gradient, step, betas, eps)
 
 
 def torch_direction_(

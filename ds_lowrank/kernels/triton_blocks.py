@@ -17,6 +17,14 @@ ROWS = 16
 
 
 @triton.jit
+def tile(rows, r, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows and columns of this program's block, and which of its numbers are in the matrix."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    return row, column, (row < rows)[:, None] & (column < r)[None, :]
+
+
+@triton.jit
 def block_scale(x):
     """Largest absolute value of every row. ``tl.max`` passes over NaN, which must not be hidden."""
     largest = tl.max(tl.abs(x), axis=1)
@@ -42,9 +50,7 @@ def quantise_kernel(
     x_ptr, code_ptr, scale_ptr, mid_ptr, rows, r, blocks, SIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """x -> codes and scales, see :func:`ds_lowrank.states.dynamic.quantise`."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (column < r)[None, :]
+    row, column, inside = tile(rows, r, ROWS, BLOCK)
     at = row[:, None] * r + column[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     scale = block_scale(x)
@@ -56,9 +62,7 @@ def quantise_kernel(
 @triton.jit
 def dequantise_kernel(code_ptr, scale_ptr, map_ptr, out_ptr, rows, r, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Codes and scales -> x, see :func:`ds_lowrank.states.dynamic.dequantise`."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (column < r)[None, :]
+    row, column, inside = tile(rows, r, ROWS, BLOCK)
     at = row[:, None] * r + column[None, :]
     code = tl.load(code_ptr + at, mask=inside, other=0).to(tl.int32)
     scale = tl.load(scale_ptr + row * blocks + tl.program_id(1), mask=row < rows, other=0.0)
@@ -70,9 +74,7 @@ def linear_kernel(
     code_ptr, scale_ptr, out_ptr, rows, r, width, blocks, HALVES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Codes of equal steps and scales -> x; ``HALVES``: two codes a byte."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (column < r)[None, :]
+    row, column, inside = tile(rows, r, ROWS, BLOCK)
     if HALVES:
         pair = tl.load(code_ptr + row[:, None] * width + (column // 2)[None, :], mask=inside, other=0).to(tl.int32)
         code = ((pair >> (column % 2 * 4)[None, :]) & 15) - 8

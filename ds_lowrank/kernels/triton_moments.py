@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_lowrank.kernels.triton_blocks import ROWS, block_scale, grid, nearest
+from ds_lowrank.kernels.triton_blocks import ROWS, block_scale, grid, nearest, tile
 from ds_lowrank.states.blocks import BLOCK, count
 from ds_lowrank.states.dynamic import dynamic_map, midpoints
 
@@ -58,10 +58,8 @@ def int8_kernel(
     BLOCK: tl.constexpr,
 ):
     """Moments in codes and scales."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, column, inside = tile(rows, r, ROWS, BLOCK)
     there = row < rows
-    inside = there[:, None] & (column < r)[None, :]
     at = row[:, None] * r + column[None, :]
     scale_at = row * blocks + tl.program_id(1)
     g = tl.load(g_ptr + at, mask=inside, other=0.0)
