@@ -124,10 +124,7 @@ def test_the_peers_steps_are_near():
             generator = torch.Generator().manual_seed(step)
             p.grad = torch.randn(p.shape, generator=generator) + 0.3
             w.grad = torch.zeros_like(w)
-            try:
-                optimizer.step()
-            except (RuntimeError, NotImplementedError, AttributeError) as error:
-                pytest.skip(f"bitsandbytes has no such step on this device: {error}")
+            optimizer.step()
         ends[name] = p.detach() - start
     ours, theirs = (float((ends[n] - ends["fp32"]).norm() / ends["fp32"].norm()) for n in ("ours", "theirs"))
     assert ours < 1.2 * theirs
