@@ -19,8 +19,7 @@ from ds_lowrank.full_rank import MOMENTS, Rounding
 from ds_lowrank.layouts import Layout, Member, ParameterLayout, Piece, local_tensors
 from ds_lowrank.pieces import EIGHT_BIT_KEY
 from ds_lowrank.sources import Source, read_piece
-from ds_lowrank.states.blocks import BLOCK, count
-from ds_lowrank.states.runs import runs_of
+from ds_lowrank.states.blocks import count
 
 _CODES = tuple(form.keys(quantity)[0] for quantity, form in FORMATS.items())
 _SCALES = tuple(form.keys(quantity)[1] for quantity, form in FORMATS.items())
@@ -163,21 +162,6 @@ def _whole_scales(adam: AdamW8bit, name: str, scales: Sequence[Tensor]) -> list[
         row[blocks.to(device)] = kept[slots.to(kept.device)].view(torch.int32).to(device)
     found = adam.comm.maximum(whole, "checkpoint").wait().view(torch.float32)
     return [row.to(kept.device) for row, kept in zip(found, scales)]
-
-
-def read_moment(source: Source, name: str, moment: str, piece: Piece, shape: tuple[int, ...]) -> Tensor:
-    """A moment of a piece as numbers, 1-D, however the checkpoint has it."""
-    if source.moment_dtype(name) != torch.uint8:
-        return read_piece(source, name, moment, piece, shape)
-    form = FORMATS[moment]
-    codes_key, scale_key = form.keys(moment)
-    runs = runs_of(piece.start, piece.stop, piece.dim, shape)
-    slots, blocks = runs.used()
-    whole = read_piece(source, name, scale_key, Piece(0, count(torch.Size(shape).numel())), shape)
-    scale = whole.new_zeros(runs.count * runs.slots)
-    scale[slots] = whole[blocks]
-    codes = runs.to_blocks(read_piece(source, name, codes_key, piece, shape))
-    return runs.from_blocks(form.decode([codes, scale[:, None]], BLOCK, torch.float32))
 
 
 def _state_fault(adam: AdamW8bit, name: str, state: State) -> str | None:

@@ -15,10 +15,7 @@ from ds_lowrank.step import LowRankStep
 
 logger = logging.getLogger(__name__)
 
-_CODES = (
-    "the loaded optimizer state has 8-bit moments, and this run has none: use state_dtype 'int8', or "
-    "ds_lowrank.load_checkpoint, which widens those of parameters that are not projected"
-)
+_CODES = "the loaded optimizer state has 8-bit moments, and this run has none: use state_dtype 'int8'"
 
 
 def adopt_states(

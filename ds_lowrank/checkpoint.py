@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_lowrank.adamw8bit_states import EightBitFullRank, read_moment
+from ds_lowrank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.full_rank import MOMENTS, new_state
 from ds_lowrank.layouts import LayoutError, Piece, local_tensors, write_parameter
 from ds_lowrank.layouts.zero_files import optimizer_files, packed_state, tag_folder
@@ -100,7 +100,7 @@ def load_checkpoint(folder: str | Path | Source, model: nn.Module, optimizer: An
     try:
         source = open_checkpoint(folder) if isinstance(folder, (str, Path)) else folder
         named = named_weights(model)
-        fault = _weights_fault(source, inner, named, strict) or _matrices_fault(source, inner)
+        fault = _weights_fault(source, inner, named, strict) or _states_fault(source, inner)
     except (ValueError, OSError) as error:
         fault = str(error)
     for rank, found in enumerate(inner.comm.gather_objects(fault, "checkpoint")):
@@ -199,7 +199,7 @@ def _weights_fault(source: Source, optimizer: LowRankAdamW, others: Mapping[str,
     return None
 
 
-def _matrices_fault(source: Source, optimizer: LowRankAdamW) -> str | None:
+def _states_fault(source: Source, optimizer: LowRankAdamW) -> str | None:
     plans, formats = optimizer.plans, optimizer.formats
     here = {plan.name for plan in plans}
     for name in source.matrices:
@@ -218,6 +218,11 @@ def _matrices_fault(source: Source, optimizer: LowRankAdamW) -> str | None:
             )
         if saved.formats.names != formats.names:
             return f"{plan.name} {plan.shape} {formats.differ(*saved.formats.names)}"
+    # Where no matrix has a state, the others may still have codes, which are not made numbers again.
+    if formats.state_dtype != "int8":
+        for name in [m.name for m in optimizer.members if source.counter(m.name) is not None]:
+            if source.moment_dtype(name) == torch.uint8:
+                return f"{name} has 8-bit moments there: use state_dtype 'int8'"
     return None
 
 
@@ -272,7 +277,7 @@ def _load_full_rank(source: Source, optimizer: LowRankAdamW) -> None:
         # A flat buffer has one counter for all that lies in it.
         state["step"].fill_(max(float(state["step"]), steps))
         for moment in MOMENTS if here else ():  # DTensors have a state on ranks that hold nothing, too
-            found = read_moment(source, name, moment, layout.pieces[name], shapes[name])
+            found = read_piece(source, name, moment, layout.pieces[name], shapes[name])
             flat = local_tensors([state[moment]])[0].view(-1)
             flat[offset : offset + found.numel()].copy_(found)
 

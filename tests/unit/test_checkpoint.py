@@ -116,6 +116,18 @@ def test_other_options_are_refused_with_what_to_change(tmp_path, changes):
         ds_lowrank.load_checkpoint(tmp_path, model, optimizer)
 
 
+def test_codes_are_not_taken_for_numbers_where_no_matrix_tells(tmp_path):
+    model = model_of()
+    optimizer = ds_lowrank.build_optimizer(model, {**OPTIONS, "state_dtype": "int8"})
+    train(model, optimizer, 1)
+    state = optimizer.state_dict()
+    state["state"] = {key: entry for key, entry in state["state"].items() if "indices" not in entry}
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"bias has 8-bit moments there: use state_dtype 'int8'"):
+        ds_lowrank.load_checkpoint(tmp_path, model, ds_lowrank.build_optimizer(model, OPTIONS))
+
+
 def test_another_model_is_refused_by_the_parameters_name(tmp_path):
     saved(tmp_path)
     model = nn.Sequential(nn.Linear(10, 12), nn.Linear(12, 6), nn.LayerNorm(6))
