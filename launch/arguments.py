@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from files import is_tokens, text_files
 from resuming import resolve_resume
 from sharding import check_checkpoints, check_launch, read_config, world_size
 from transformers import HfArgumentParser, TrainingArguments
@@ -21,7 +22,7 @@ from transformers.hf_argparser import HfArg
 import ds_lowrank
 
 ROOT = Path(__file__).resolve().parents[1]
-FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+TOKEN_DTYPES = ("uint16", "uint32", "int32")
 OPTIMIZERS = ("lowrank", "adamw", "frozen")
 # Peak learning rates of the default run, tuned for each by benchmarks/first_run.py.
 LEARNING_RATES = {"lowrank": 0.005, "adamw": 0.002, "frozen": 0.005}
@@ -36,6 +37,9 @@ class ModelArguments:
         default=str(ROOT / "configs" / "llama_9m.json"),
         help="model configuration: a JSON file (configs/llama_*.json) or a name on the Hugging Face Hub; its "
         "vocabulary size is replaced by the tokenizer's",
+    )
+    attn_implementation: str | None = HfArg(
+        default=None, help="sdpa, flash_attention_2, eager, ...; default: what transformers takes for the model"
     )
 
     def __post_init__(self) -> None:
@@ -55,11 +59,14 @@ class DataArguments:
     dataset_config: str | None = HfArg(default=None, help="configuration of --dataset_name, e.g. en")
     train_file: str | None = HfArg(
         default=None,
-        help="local corpus: .txt (a document is a paragraph), .jsonl or .parquet (a document is a row)",
+        help="local corpus: .txt (a document is a paragraph), .jsonl or .parquet (a document is a row), compressed or "
+        "not, a folder of them or a pattern in quotes, 'c4/en/c4-train.*.json.gz'; or tokens (which need "
+        "--tokenizer_name): a .bin, an .arrow file or a folder of Dataset.save_to_disk with input_ids",
     )
     validation_file: str | None = HfArg(
         default=None, help="local validation corpus; default: a share of --train_file is held out"
     )
+    token_dtype: str = HfArg(default="uint16", help="of a token in a .bin file", metadata={"choices": TOKEN_DTYPES})
     text_column: str = HfArg(default="text", help="column that holds the text of a document")
     validation_share: float = HfArg(
         default=0.05, help="share of the documents held out where there is no validation split"
@@ -71,6 +78,10 @@ class DataArguments:
     )
     vocab_size: int = HfArg(default=1024, help="vocabulary of the BPE that is trained")
     max_length: int = HfArg(default=256, aliases=["--block_size"], help="tokens in a packed sequence")
+    document_attention: bool = HfArg(
+        default=False,
+        help="keep attention inside each document of a packed sequence, and positions counted from its beginning",
+    )
     eval_sequences: int = HfArg(default=1024, help="most validation sequences used in an evaluation")
     cache_dir: str | None = HfArg(default=None, help="where tokenized corpora are kept; default: ~/.cache/ds_lowrank")
 
@@ -85,20 +96,26 @@ class DataArguments:
             raise ValueError("--streaming needs --dataset_name or --train_file")
         for flag in ("train_file", "validation_file"):
             path = getattr(self, flag)
-            if path is not None:
-                _require_text_file(flag, path)
+            if path is not None and not is_tokens(path):
+                text_files(flag, path)
+        if self.train_file and is_tokens(self.train_file):
+            self._check_tokens()
         if not 0 < self.validation_share < 1:
             raise ValueError(f"--validation_share must lie between 0 and 1, got {self.validation_share}")
         for flag, least in (("vocab_size", 300), ("max_length", 2), ("eval_sequences", 1)):
             if getattr(self, flag) < least:
                 raise ValueError(f"--{flag} must be at least {least}, got {getattr(self, flag)}")
 
-
-def _require_text_file(flag: str, path: str) -> None:
-    if Path(path).suffix not in FILE_FORMATS:
-        raise ValueError(f"--{flag}: {path} is none of {', '.join(FILE_FORMATS)}")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--{flag}: no such file: {path}")
+    def _check_tokens(self) -> None:
+        assert self.train_file is not None
+        if not Path(self.train_file).exists():
+            raise FileNotFoundError(f"--train_file: no such file: {self.train_file}")
+        if not self.tokenizer_name:
+            raise ValueError(f"--train_file {self.train_file} is tokens: say of which tokenizer, --tokenizer_name")
+        if self.streaming:
+            raise ValueError("--streaming is for text: leave it out, files of tokens are mapped and not read")
+        if self.validation_file and self.train_file.endswith(".bin") != self.validation_file.endswith(".bin"):
+            raise ValueError("--validation_file: give Arrow data for both splits, or .bin files for both")
 
 
 @dataclass

@@ -10,20 +10,23 @@ import hashlib
 import itertools
 import json
 import os
-import sysconfig
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from arguments import FILE_FORMATS, DataArguments
-from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset, load_from_disk
-from datasets.distributed import split_dataset_by_node
+from arguments import DataArguments
+from corpora import Corpus, Documents, load_corpus
+from datasets import Dataset, load_from_disk
+from files import is_tokens
+from stream import PackedStream, readable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokens import TokenFile, open_arrow, open_bin, packed_arrow
+from torch.utils.data import Subset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # Part of every cache key: raise it when the code below would make other sequences from the same text.
@@ -31,16 +34,6 @@ CODE_VERSION = 1
 # Text that a new tokenizer is trained on: more than this changes the merges very little.
 BPE_CHARACTERS = 100_000_000
 SHUFFLE_SEED = 0
-Documents: TypeAlias = Dataset | IterableDataset
-
-
-@dataclass
-class Corpus:
-    """Documents of both splits, each with a ``text`` column, and what tells this corpus from any other."""
-
-    train: Documents
-    validation: Documents
-    identity: Any
 
 
 @dataclass
@@ -48,8 +41,8 @@ class PackedData:
     """What the Trainer needs; the sequences are rows ``input_ids`` of exactly ``max_length`` token ids."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: Documents
-    validation: Dataset
+    train: Dataset | TokenFile | Subset | PackedStream
+    validation: Dataset | Subset
 
 
 def load_data(
@@ -71,115 +64,11 @@ def load_data(
         ValueError: a missing column, or too little text for one sequence.
     """
     with first():
+        if args.train_file and is_tokens(args.train_file):
+            return _load_tokens(args)
         if args.streaming:
             return _stream_packed(args, rank, world_size)
         return _load_packed(args)
-
-
-# ---- corpora ----
-
-
-def load_corpus(args: DataArguments) -> Corpus:
-    """Open the corpus that the arguments name: the standard library, a local file or a dataset on the Hub."""
-    if args.train_file:
-        corpus = _file_corpus(args)
-    elif args.dataset_name:
-        corpus = _hub_corpus(args)
-    else:
-        return stdlib_corpus(Path(sysconfig.get_path("stdlib")), args.validation_share)
-    return Corpus(
-        _text_only(corpus.train, args.text_column),
-        _text_only(corpus.validation, args.text_column),
-        corpus.identity,
-    )
-
-
-def stdlib_corpus(root: Path, share: float) -> Corpus:
-    """Python source files below ``root``, a document each; ``share`` of the files are held out, by their paths."""
-    sources = list(_python_sources(root))
-    splits: dict[bool, list[str]] = {False: [], True: []}
-    identity = []
-    for path, text in sources:
-        splits[held_out(path, share)].append(text)
-        identity.append((path, len(text)))
-    train, validation = (Dataset.from_dict({"text": splits[key]}) for key in (False, True))
-    return Corpus(train, validation, ["stdlib", identity])
-
-
-def _python_sources(root: Path) -> Iterator[tuple[str, str]]:
-    """(relative path, text) in a fixed order; installed packages, caches and undecodable files are left out."""
-    skipped = {"site-packages", "dist-packages", "__pycache__"}
-    paths = [p for p in root.rglob("*.py") if not skipped.intersection(p.relative_to(root).parts)]
-    for path in sorted(paths, key=lambda p: p.relative_to(root).as_posix()):
-        try:
-            yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):  # test data in odd encodings, dangling links
-            continue
-
-
-def held_out(key: str, share: float) -> bool:
-    """Whether the document known by ``key`` is for validation: the same answer on every machine and in any order."""
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def _file_corpus(args: DataArguments) -> Corpus:
-    assert args.train_file is not None
-    train, validation = (
-        _read_file(path, args.streaming) if path else None for path in (args.train_file, args.validation_file)
-    )
-    files = [_file_identity(p) for p in (args.train_file, args.validation_file) if p]
-    return _with_validation(train, validation, args, ["file", files])
-
-
-def _read_file(path: str, streaming: bool) -> Documents:
-    kind = FILE_FORMATS[Path(path).suffix]
-    options = {"sample_by": "paragraph"} if kind == "text" else {}
-    return load_dataset(kind, data_files=path, split="train", streaming=streaming, **options)
-
-
-def _file_identity(path: str) -> list[Any]:
-    status = os.stat(path)
-    return [os.path.realpath(path), status.st_size, status.st_mtime_ns]
-
-
-def _hub_corpus(args: DataArguments) -> Corpus:
-    assert args.dataset_name is not None
-    source = (args.dataset_name, args.dataset_config)
-    splits = get_dataset_split_names(*source)
-    if "train" not in splits:
-        raise ValueError(f"--dataset_name {args.dataset_name} has no split 'train', only {splits}")
-    train = load_dataset(*source, split="train", streaming=args.streaming)
-    validation = None
-    if "validation" in splits:
-        validation = load_dataset(*source, split="validation", streaming=args.streaming)
-    # The names of the files in the datasets library's own cache carry the revision that was downloaded.
-    files = [] if args.streaming else sorted(file["filename"] for file in train.cache_files)
-    return _with_validation(train, validation, args, ["hub", source, files])
-
-
-def _with_validation(train: Documents, validation: Documents | None, args: DataArguments, identity: Any) -> Corpus:
-    """Hold documents out by their text (so that copies stay on one side) where there is no validation split."""
-    if validation is None:
-        column, share = args.text_column, args.validation_share
-        _require_column(train, column)
-        validation = train.filter(lambda row: held_out(row[column], share))
-        train = train.filter(lambda row: not held_out(row[column], share))
-    return Corpus(train, validation, identity)
-
-
-def _text_only(documents: Documents, column: str) -> Documents:
-    _require_column(documents, column)
-    documents = documents.select_columns([column])
-    return documents if column == "text" else documents.rename_column(column, "text")
-
-
-def _require_column(documents: Documents, column: str) -> None:
-    names = documents.column_names
-    if names is None:  # a stream's columns are known once a row has been read
-        names = list(next(iter(documents), {column: ""}))
-    if column not in names:
-        raise ValueError(f"--text_column {column}: no such column; give one of {', '.join(names)}")
 
 
 # ---- tokenizer ----
@@ -209,9 +98,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def _sample_texts(documents: Documents) -> Iterator[str]:
     """Documents from the beginning, about ``BPE_CHARACTERS`` of them."""
     characters = 0
-    for row in documents:
-        yield row["text"]
-        characters += len(row["text"])
+    for text in readable(documents):
+        yield text
+        characters += len(text)
         if characters > BPE_CHARACTERS:
             return
 
@@ -239,16 +128,21 @@ def _open_tokenizer(name: str) -> PreTrainedTokenizerBase:
 # ---- packing ----
 
 
-def pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, list[Any]]:
-    """Tokenize documents and cut them, end-of-sequence after each, into rows of ``length``; drop the remainder."""
-    # verbose=False: a document longer than the tokenizer's model_max_length is what packing is for.
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    stream = np.fromiter(itertools.chain.from_iterable((*ids, tokenizer.eos_token_id) for ids in encoded), np.int32)
+def cut(documents: Iterable[Sequence[int]], length: int) -> dict[str, list[Any]]:
+    """Join documents of tokens and cut them into rows of ``length``; drop the remainder."""
+    stream = np.fromiter(itertools.chain.from_iterable(documents), np.int32)
     whole = len(stream) // length * length
     return {"input_ids": list(stream[:whole].reshape(-1, length))}
 
 
-def _packed(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
+def pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, list[Any]]:
+    """Tokenize documents and cut them, end-of-sequence after each, into rows of ``length``; drop the remainder."""
+    # verbose=False: a document longer than the tokenizer's model_max_length is what packing is for.
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return cut(((*ids, tokenizer.eos_token_id) for ids in encoded), length)
+
+
+def _packed(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
     """Sequences of the documents; what is left over is dropped once in a thousand documents."""
     return documents.map(
         lambda batch: pack(batch["text"], tokenizer, length),
@@ -258,10 +152,33 @@ def _packed(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: in
     )
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Batch of sequences, int64, batch × length; the model itself shifts the labels by one."""
-    input_ids = torch.from_numpy(np.asarray([row["input_ids"] for row in rows], dtype=np.int64))
-    return {"input_ids": input_ids, "labels": input_ids.clone()}
+class Collator:
+    """Batches of sequences: ``input_ids`` and ``labels``, int64, batch × length; the model shifts the labels by one.
+
+    Args:
+        end: the token behind a document, where attention is to be kept inside documents: ``position_ids`` (batch ×
+            length, int64) begin anew behind it, an ``attention_mask`` (batch × 1 × length × length, bool) is true where
+            a token sees another, and no label crosses it. ``None``: a sequence is one document.
+    """
+
+    def __init__(self, end: int | None = None) -> None:
+        self.end = end
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Batch of rows ``input_ids``."""
+        input_ids = torch.from_numpy(np.asarray([row["input_ids"] for row in rows], dtype=np.int64))
+        batch = {"input_ids": input_ids, "labels": input_ids.clone()}
+        if self.end is None:
+            return batch
+        begins = torch.zeros_like(input_ids, dtype=torch.bool)
+        begins[:, 1:] = input_ids[:, :-1] == self.end
+        batch["labels"][begins] = -100
+        place = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        batch["position_ids"] = place - torch.where(begins, place, 0).cummax(1).values
+        document = begins.cumsum(1)
+        same = document[:, None, :, None] == document[:, None, None, :]
+        batch["attention_mask"] = same & (place[:1, None, :, None] >= place[:1, None, None, :])
+        return batch
 
 
 # ---- the cache ----
@@ -319,15 +236,42 @@ def _stream_packed(args: DataArguments, rank: int, world_size: int) -> PackedDat
     """Pack the training text as it is read; the few validation sequences are read at once."""
     corpus = load_corpus(args)
     tokenizer = _tokenizer(corpus, args)
-    sequences = _packed(corpus.validation, tokenizer, args.max_length)
-    validation = Dataset.from_list(list(itertools.islice(sequences, args.eval_sequences)))
+    validation = Dataset.from_list(_first_rows(corpus.validation, tokenizer, args))
     _require_sequences(len(validation), "validation", args)
-    shuffled = corpus.train.shuffle(seed=SHUFFLE_SEED, buffer_size=1000)
-    train = _packed(shuffled, tokenizer, args.max_length)
-    _require_sequences(len(list(itertools.islice(train, 1))), "train", args)
-    # Without an end: the ranks' shares may differ in length, and no rank may stop before another.
-    train = split_dataset_by_node(train.repeat(None), rank=rank, world_size=world_size)
+    train = PackedStream(
+        corpus.train, tokenizer, args.max_length, rank, world_size, seed=SHUFFLE_SEED, names=corpus.shards
+    )
     return PackedData(tokenizer, train, validation.with_format("numpy"))
+
+
+def _first_rows(documents: Documents, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> list[dict[str, Any]]:
+    """As many rows as an evaluation uses."""
+    texts = readable(documents)
+    rows: list[Any] = []
+    while len(rows) < args.eval_sequences and (batch := list(itertools.islice(texts, 1000))):
+        rows += pack(batch, tokenizer, args.max_length)["input_ids"]
+    return [{"input_ids": row} for row in rows[: args.eval_sequences]]
+
+
+def _load_tokens(args: DataArguments) -> PackedData:
+    """Rows of a corpus that is tokens already."""
+    assert args.train_file is not None
+    assert args.tokenizer_name is not None
+    tokenizer = _open_tokenizer(args.tokenizer_name)
+    size, end = len(tokenizer), tokenizer.eos_token_id
+    train: Any
+    validation: Any
+    if args.train_file.endswith(".bin"):
+        train, validation = open_bin(args, size, end)
+    else:
+        splits = open_arrow(args)
+        train, validation = (packed_arrow(split, args.max_length, end, size, cut) for split in splits)
+    for split, rows in (("train", train), ("validation", validation)):
+        _require_sequences(len(rows), split, args)
+    some = np.random.default_rng(SHUFFLE_SEED).permutation(len(validation))[: args.eval_sequences].tolist()
+    if isinstance(train, TokenFile):
+        return PackedData(tokenizer, train, Subset(validation, some))
+    return PackedData(tokenizer, train.with_format("numpy"), validation.select(some).with_format("numpy"))
 
 
 def _require_sequences(count: int, split: str, args: DataArguments) -> None:

@@ -28,9 +28,12 @@ from typing import Any
 import datasets
 import transformers
 from arguments import DataArguments, ModelArguments, PretrainArguments, parse_arguments
-from data import PackedData, collate, load_data
+from data import Collator, PackedData, load_data
+from position import StreamPosition
 from sharding import check_trainer
+from stream import PackedStream
 from torch import Tensor
+from torch.utils.data import Subset
 from trainer import PretrainTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -99,7 +102,8 @@ def build_model(
     config.pad_token_id = tokenizer.pad_token_id
     config.max_position_embeddings = max(config.max_position_embeddings, data_args.max_length)
     transformers.set_seed(seed)  # the same weights on every rank
-    model = AutoModelForCausalLM.from_config(config)
+    chosen = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+    model = AutoModelForCausalLM.from_config(config, **chosen)
     if is_deepspeed_zero3_enabled():
         _initialise_as_elsewhere(model, config, seed)
     return model
@@ -142,6 +146,23 @@ def freeze(model: PreTrainedModel, names: list[str]) -> None:
         parameters[name].requires_grad_(False)
 
 
+def build_collator(model: PreTrainedModel, data: PackedData, data_args: DataArguments) -> Collator:
+    """What makes batches; with ``--document_attention`` it says which tokens are of one document.
+
+    Raises:
+        ValueError: the model's attention cannot be kept inside documents.
+    """
+    if not data_args.document_attention:
+        return Collator()
+    attention = model.config._attn_implementation
+    if attention != "sdpa":  # which takes a mask of who sees whom as it is
+        raise ValueError(
+            f"--document_attention needs sdpa attention, and that of {type(model).__name__} is {attention}: add "
+            "--attn_implementation sdpa, where the model has it"
+        )
+    return Collator(data.tokenizer.eos_token_id)
+
+
 def build_trainer(
     model: PreTrainedModel,
     config: ds_lowrank.LowRankConfig,
@@ -156,11 +177,12 @@ def build_trainer(
         low_rank=low_rank,
         model=model,
         args=args,
-        data_collator=collate,
+        data_collator=build_collator(model, data, data_args),
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=data.tokenizer,
         callbacks=[ds_lowrank.LowRankCallback()] if low_rank else None,
+        position=StreamPosition(data.train) if isinstance(data.train, PackedStream) else None,
         checkpoints=ds_lowrank.CheckpointCallback(),
         optimizer_cls_and_kwargs=(ds_lowrank.trainer_optimizer(config, args=args) if low_rank else None),
     )
@@ -189,6 +211,7 @@ def finish(
         "world_size": args.world_size,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
+        "skipped_shards": None if trainer.position is None else trainer.position.all_skipped(),
         "parameters": sum(math.prod(whole_shape(p)) for p in trainer.model.parameters()),
         "lowrank": config.to_dict() if trainer.low_rank else None,
     }
@@ -204,13 +227,16 @@ def _leave(trainer: PretrainTrainer) -> int:
     if trainer.is_world_process_zero():
         saved, name = trainer.checkpoints.saved, trainer.checkpoints.preempted
         print(f"preempted by {name}: saved {saved}; the same command with --resume goes on with it", flush=True)
+        told = os.environ.get("DS_LOWRANK_PREEMPTED_FILE")
+        if told:  # launch/slurm/job.sh cannot go by the exit code, of which torchrun makes 1
+            Path(told).write_text(f"{saved}\n")
     trainer.accelerator.wait_for_everyone()  # a launcher ends all ranks after the first
     return ds_lowrank.PREEMPTED_EXIT_CODE
 
 
 def _whole_steps(train: Any, args: PretrainArguments) -> Any:
     """Leave out the few sequences that would make a smaller last step, so that every step counts the same tokens."""
-    if not isinstance(train, datasets.Dataset):
+    if isinstance(train, PackedStream):
         return train
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if len(train) < batch:
@@ -218,7 +244,8 @@ def _whole_steps(train: Any, args: PretrainArguments) -> Any:
             f"the training split has {len(train)} sequences, less than one step of {batch} over all ranks: give more "
             "text, or a smaller --batch_size, --gradient_accumulation or --max_length"
         )
-    return train.select(range(len(train) // batch * batch))
+    whole = range(len(train) // batch * batch)
+    return train.select(whole) if isinstance(train, datasets.Dataset) else Subset(train, whole)
 
 
 def _quieten() -> None:

@@ -6,8 +6,8 @@ import sys
 import time
 from typing import Any
 
-from datasets import IterableDataset
-from torch.utils.data import DataLoader
+from position import StreamPosition
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
@@ -22,11 +22,18 @@ class PretrainTrainer(ds_lowrank.ResumeAnywhere, Trainer):
         sequence_length: tokens in a row of the training set.
         low_rank: whether the optimizer is ours, with figures of its own.
         checkpoints: what completes checkpoints and watches for preemption.
+        position: keeps that of a stream.
         kwargs: of ``Trainer``.
     """
 
     def __init__(
-        self, *, sequence_length: int, low_rank: bool, checkpoints: ds_lowrank.CheckpointCallback, **kwargs: Any
+        self,
+        *,
+        sequence_length: int,
+        low_rank: bool,
+        checkpoints: ds_lowrank.CheckpointCallback,
+        position: StreamPosition | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.low_rank = low_rank
@@ -38,14 +45,19 @@ class PretrainTrainer(ds_lowrank.ResumeAnywhere, Trainer):
             for default in (ProgressCallback, PrinterCallback):
                 self.remove_callback(default)
             self.add_callback(ConsoleCallback())
+        self.position = position
+        if position is not None:
+            self.add_callback(position)
         self.checkpoints = checkpoints
         self.add_callback(checkpoints)
         self.add_callback(_NothingLeftCallback())
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """The Trainer's; a run that is resumed after its last step makes no further one (the Trainer makes one)."""
+        if self.position is not None:
+            self.position.resume(resume_from_checkpoint, self.args)
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         except _NothingLeft:
             self.is_in_train = False
             self.callback_handler.on_train_end(self.args, self.state, self.control)

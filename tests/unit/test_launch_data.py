@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
 import data as launch_data
 from arguments import DataArguments, parse_arguments
-from data import collate, held_out, load_data, pack, stdlib_corpus, train_tokenizer
+from corpora import held_out, stdlib_corpus
+from data import Collator, load_data, pack, train_tokenizer
 
 TEXTS = [f"def function_{i}(x):\n    return x + {i}\n" * 4 for i in range(80)]
 
@@ -108,7 +109,7 @@ def test_pack_loses_only_the_remainder(tokenizer):
 
 
 def test_collate_gives_int64_labels_of_their_own(tokenizer):
-    batch = collate([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}])
+    batch = Collator()([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}])
     assert batch["labels"].tolist() == [[1, 2, 3], [4, 5, 6]]
     batch["labels"][0, 0] = -100  # a shared buffer would reach the embedding
     assert batch["input_ids"][0, 0] == 1

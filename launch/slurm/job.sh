@@ -1,0 +1,81 @@
+# What the batch scripts share: start the ranks on all nodes, pass slurm's warning on to them, queue the job again.
+# Sourced in the repository's folder with LAUNCHER, DEFAULTS (flags) and the job's own arguments in "$@".
+
+dry_run=
+arguments=()
+for argument in "$@"; do
+  if [ "$argument" = --dry-run ]; then dry_run=yes; else arguments+=("$argument"); fi
+done
+
+if [ -n "$dry_run" ] && [ -z "${SLURM_JOB_ID:-}" ]; then
+  # Outside of a job: what it would be on the nodes that the script asks for.
+  export SLURM_JOB_ID=0 SLURM_JOB_NAME=pretrain SLURM_JOB_NODELIST=first-node,second-node SLURM_NNODES=2
+  export GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
+  scontrol() { echo "NodeAddr=first-node"; }
+elif [ -z "${SLURM_JOB_ID:-}" ]; then
+  echo "error: submit this with sbatch, or look at what it would do with --dry-run" >&2
+  exit 2
+fi
+. launch/slurm/environment.sh
+
+# A sweep is a file with a line of flags for each task of a job array: SWEEP=sweep.txt sbatch --array=1-6 ...
+if [ -n "${SWEEP:-}" ]; then
+  if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    echo "error: SWEEP needs a job array: sbatch --array=1-$(wc -l <"$SWEEP") ..." >&2
+    exit 2
+  fi
+  line="$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP")"
+  if [ -z "$line" ]; then
+    echo "error: $SWEEP has no line $SLURM_ARRAY_TASK_ID: submit with --array=1-$(grep -c . "$SWEEP")" >&2
+    exit 2
+  fi
+  read -r -a swept <<<"$line"
+  arguments+=("${swept[@]}")
+fi
+
+# A job that is queued again has its number still, and with it its folder: --resume goes on there, or starts.
+number="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+# Rank 0 writes this file when the run was told to stop and has left a checkpoint: torchrun turns the ranks' code into 1.
+mkdir -p runs
+export DS_LOWRANK_PREEMPTED_FILE="$PWD/runs/.preempted-$number"
+step=(srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1
+  bash launch/slurm/node.sh "$LAUNCHER" "${SCRIPT:-launch/pretrain.py}" "${DEFAULTS[@]}"
+  --run_name "$SLURM_JOB_NAME-$number" --resume "${arguments[@]}")
+
+if [ -n "$dry_run" ]; then
+  env | grep -E '^(VIRTUAL_ENV|GPUS_PER_NODE|MASTER_|NCCL_|GLOO_|TORCH|OMP_|TOKENIZERS|TRITON|DS_LOWRANK)' | sort
+  printf '%q ' "${step[@]}"
+  echo
+  exit 0
+fi
+
+told=
+pass_on() {
+  told=yes
+  echo "job $number: told to stop before the time limit: the ranks write a checkpoint" >&2
+  kill -USR1 "$running" 2>/dev/null || true  # srun sends it to all processes of the step
+}
+rm -f "$DS_LOWRANK_PREEMPTED_FILE"
+trap pass_on USR1
+"${step[@]}" &
+running=$!
+code=0
+wait "$running" || code=$?
+while kill -0 "$running" 2>/dev/null; do  # a signal ends a wait, not the step
+  code=0
+  wait "$running" || code=$?
+done
+
+if [ -f "$DS_LOWRANK_PREEMPTED_FILE" ]; then
+  rm -f "$DS_LOWRANK_PREEMPTED_FILE"
+  # One that its owner cancels is cancelled, checkpoint or not.
+  state="$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[^ ]*' | cut -d= -f2)"
+  if [ "$state" = RUNNING ]; then
+    echo "job $number: preempted with a checkpoint, queued again" >&2
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60  # until slurm ends this script
+  fi
+elif [ -n "$told" ]; then
+  echo "job $number: the time limit came before a checkpoint could be written: give it more --time" >&2
+fi
+exit "$code"

@@ -1,0 +1,240 @@
+"""A stream of packed sequences: without an end, past broken shards, and resumed exactly where it was."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+_TOGETHER = 16  # documents that the tokenizer gets at once: its threads take one each
+_EVERY, _KEPT = 64, 64  # rows between two states that are kept, and how many: a data loader reads ahead
+
+
+def readable(documents: datasets.Dataset | datasets.IterableDataset) -> Iterator[str]:
+    """Texts of all shards in order, as far as each can be read."""
+    if isinstance(documents, datasets.Dataset):
+        yield from (row["text"] for row in documents)
+        return
+    for index in range(documents.n_shards):
+        reader = iter(documents.shard(documents.n_shards, index))
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                break
+            except Exception as error:  # as below
+                warnings.warn(f"shard {index} of {documents.n_shards}: {_short(error)}", stacklevel=2)
+                break
+            yield row["text"]
+
+
+class PackedStream(IterableDataset):
+    """This rank's rows ``input_ids`` (int32, ``length``) of documents that are read, shuffled and packed as needed.
+
+    Shards are read in another order in each pass, and documents shuffled in a buffer. Where the ranks divide the shards
+    each rank reads its own, elsewhere every N-th document (``datasets.distributed.split_dataset_by_node``). What cannot
+    be read of a shard is passed over, counted and warned about.
+
+    Args:
+        documents: rows with a ``text``.
+        tokenizer: encodes them; its end-of-sequence token stands after each.
+        length: tokens in a row.
+        rank, world_size: whose share is read.
+        seed: of the order.
+        buffer: documents that are shuffled with one another.
+        names: of the shards, for warnings.
+
+    Attributes:
+        skipped: shards that could not be read to their end, with the error, in all passes so far.
+    """
+
+    skipped: dict[str, str]
+    _rows: int
+    _tokens: np.ndarray
+    _shard_state: dict[str, Any] | None
+    _current: datasets.IterableDataset | None
+
+    def __init__(
+        self,
+        documents: datasets.IterableDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        buffer: int = 1000,
+        names: Sequence[str] = (),
+    ) -> None:
+        count = documents.n_shards
+        shards = [documents.shard(count, index) for index in range(count)] if count > 1 else [documents]
+        if count % world_size:
+            shards = [split_dataset_by_node(shard, rank, world_size) for shard in shards]
+        self._shards = {i: shard for i, shard in enumerate(shards) if count % world_size or i % world_size == rank}
+        self._names = list(names) or [f"shard {index} of {count}" for index in range(count)]
+        self._tokenizer, self._length, self._seed, self._size = tokenizer, length, seed, buffer
+        self._start: dict[str, Any] = {
+            "epoch": 0,
+            "place": 0,
+            "shard": None,
+            "documents": 0,
+            "draining": False,
+            "buffer": [],
+            "random": None,
+            "tokens": torch.zeros(0, dtype=torch.int32),
+            "rows": 0,
+            "skipped": {},
+        }
+        self._ahead = 0  # rows to leave out at first
+        self._begin(self._start)
+        self._states: deque[dict[str, Any]] = deque(maxlen=_KEPT)
+
+    @property
+    def first_row(self) -> int:
+        """Rows of the stream that were given out before this object's first."""
+        return self._start["rows"] + self._ahead
+
+    def state_at(self, row: int) -> dict[str, Any]:
+        """All that is needed to go on behind a row: numbers, strings, lists and a tensor.
+
+        Args:
+            row: how many of the stream's rows have been used; a data loader may have read some more.
+
+        Raises:
+            ValueError: the row was not given out yet, or too long ago.
+        """
+        for state in reversed([{**self._start, "buffer": list(self._start["buffer"])}, *self._states]):
+            if state["rows"] <= row:
+                return {**state, "ahead": row - state["rows"]}
+        raise ValueError(f"row {row} of the stream was given out before its first")
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_at` was."""
+        self._start = {key: value for key, value in state.items() if key != "ahead"}
+        self._ahead = state["ahead"]
+        self._states.clear()
+        self.skipped = dict(state["skipped"])
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Rows, beginning at the state that was loaded, or at the first."""
+        if get_worker_info() is not None:
+            raise ValueError(
+                "a stream knows its position only in the process that trains: leave --dataloader_num_workers at 0"
+            )
+        self._states.clear()
+        ahead, length = self._ahead, self._length
+        self._begin(self._start)
+        texts = self._shuffled()
+        while True:
+            batch = [next(texts) for _ in range(_TOGETHER)]
+            # verbose=False: a document longer than the tokenizer's model_max_length is what packing is for.
+            encoded = self._tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+            end = [self._tokenizer.eos_token_id]
+            self._tokens = np.concatenate([self._tokens, *(np.asarray(ids + end, np.int32) for ids in encoded)])
+            while len(self._tokens) >= length:
+                row, self._tokens = self._tokens[:length], self._tokens[length:]
+                self._rows += 1
+                if self._rows % _EVERY == 0:
+                    self._states.append(self._state())
+                if ahead:
+                    ahead -= 1
+                    continue
+                yield {"input_ids": row}
+
+    # ---- reading ----
+
+    def _begin(self, state: dict[str, Any]) -> None:
+        self._epoch, self._place, self._documents = state["epoch"], state["place"], state["documents"]
+        self._shard_state, self._current = state["shard"], None
+        self._buffer, self._draining = list(state["buffer"]), state["draining"]
+        self._random = np.random.default_rng([self._seed, self._epoch])
+        if state["random"] is not None:
+            self._random.bit_generator.state = state["random"]
+        self._tokens, self._rows = state["tokens"].numpy(), state["rows"]
+        self.skipped = dict(state["skipped"])
+
+    def _state(self) -> dict[str, Any]:
+        """Where reading stands while a row is given out."""
+        return {
+            "epoch": self._epoch,
+            "place": self._place,
+            "shard": self._shard_state if self._current is None else self._current.state_dict(),
+            "documents": self._documents,
+            "draining": self._draining,
+            "buffer": list(self._buffer),
+            "random": self._random.bit_generator.state,
+            "tokens": torch.from_numpy(self._tokens.copy()),
+            "rows": self._rows,
+            "skipped": dict(self.skipped),
+        }
+
+    def _shuffled(self) -> Iterator[str]:
+        """Documents without end: each drawn from a buffer, in whose place the next one goes."""
+        while True:
+            if not self._draining:
+                for text in self._pass():
+                    if len(self._buffer) < self._size:
+                        self._buffer.append(text)
+                        continue
+                    drawn = int(self._random.integers(self._size))
+                    text, self._buffer[drawn] = self._buffer[drawn], text
+                    yield text
+                self._draining = True
+                self._random.shuffle(self._buffer)
+            while self._buffer:
+                yield self._buffer.pop()
+            self._begin_pass(self._epoch + 1)
+
+    def _begin_pass(self, epoch: int) -> None:
+        self._epoch, self._place, self._documents, self._draining = epoch, 0, 0, False
+        self._shard_state, self._current = None, None
+        self._random = np.random.default_rng([self._seed, epoch])
+
+    def _pass(self) -> Iterator[str]:
+        """Documents of one pass over this rank's shards, from where it stands."""
+        # Drawn apart from the buffer, so that a pass that is resumed has the same order.
+        order = np.random.default_rng([self._seed, self._epoch, 1]).permutation(sorted(self._shards))
+        failed = 0
+        while self._place < len(order):
+            index = int(order[self._place])
+            # A copy in depth: what a shard was told of its beginning stays with it, in every later pass (datasets 5.2).
+            shard = self._current = deepcopy(self._shards[index])
+            if self._shard_state is not None:
+                shard.load_state_dict(self._shard_state)
+            reader = iter(shard)
+            while True:
+                try:
+                    row = next(reader)
+                except StopIteration:
+                    break
+                except Exception as error:  # whatever a format's reader or a file system makes of broken bytes
+                    failed += 1
+                    self._skip(index, error)
+                    break
+                self._documents += 1
+                yield row["text"]
+            self._place, self._shard_state, self._current = self._place + 1, None, None
+        if not self._documents:
+            raise ValueError(
+                f"no document could be read in a whole pass over {len(order)} shards"
+                + (f", of which {failed} are broken: {next(iter(self.skipped.values()))}" if failed else "")
+            )
+
+    def _skip(self, index: int, error: Exception) -> None:
+        name = self._names[index]
+        if name not in self.skipped:
+            warnings.warn(f"{name} cannot be read any further and is passed over: {_short(error)}", stacklevel=2)
+        self.skipped[name] = _short(error)
+
+
+def _short(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {cause}"[:300]

@@ -1,0 +1,174 @@
+"""launch/slurm/ on a real slurm of two nodes: preempted, warned, cancelled, and what would run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import Cluster, missing
+from launching import ROOT, flags
+from safetensors.torch import load_file
+
+from ds_lowrank import manifest
+
+PATIENCE = 300.0
+STEPS = {"max_steps": 14, "update_proj_gap": 3, "lr": 0.01, "batch_size": 2, "report_to": "none", "save_every": 5}
+SCRIPTS = {name: ROOT / "launch" / "slurm" / f"pretrain_{name}.sbatch" for name in ("deepspeed", "fsdp2")}
+
+pytestmark = [
+    pytest.mark.launcher,
+    pytest.mark.skipif(missing() is not None, reason=f"slurm cannot be started here: {missing()}"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("slurm")) as one:
+        one.environment["GPUS_PER_NODE"] = "1"
+        one.environment["GLOO_SOCKET_IFNAME"] = "lo"  # both nodes are this machine, whatever its name resolves to
+        yield one
+
+
+class Job:
+    """A job of two nodes with a rank each."""
+
+    def __init__(self, cluster: Cluster, script: Path, *argv: str, options: tuple[str, ...] = ()):
+        self.cluster = cluster
+        self.log = cluster.folder / f"{script.stem}-{time.monotonic_ns()}.txt"
+        wanted = ["--parsable", f"--output={self.log}", "--gpus-per-node=0", "--time=10", *options]
+        printed = cluster.run("sbatch", *wanted, str(script), *argv, cwd=ROOT)
+        self.number = int(printed.split(";")[0])
+
+    @property
+    def state(self) -> str:
+        return self.cluster.job(self.number)["JobState"]
+
+    @property
+    def restarts(self) -> int:
+        return int(self.cluster.job(self.number)["Restarts"])
+
+    def printed(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def until(self, condition) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, self.printed() + str(self.cluster.job(self.number))
+            time.sleep(0.2)
+
+    def wait(self) -> str:
+        """The state in which it ended."""
+        self.until(lambda: self.state not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"))
+        return self.state
+
+
+def pretrain(cluster: Cluster, workplace: Path, output: str, script: str = "deepspeed", **options) -> Job:
+    argv = flags(workplace, output, **{**STEPS, **options})
+    return Job(cluster, SCRIPTS[script], *argv)
+
+
+def stepped(job: Job, times: int = 1) -> bool:
+    return len(re.findall(r"step +\d+ ", job.printed())) >= times
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    here, there = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return here.keys() == there.keys() and all(torch.equal(weight, there[name]) for name, weight in here.items())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, workplace) -> Path:
+    job = pretrain(cluster, workplace, "slurm_undisturbed")
+    assert job.wait() == "COMPLETED", job.printed()
+    assert "2 ranks" in job.printed()
+    return workplace / "slurm_undisturbed"
+
+
+def test_preempted_by_a_job_of_higher_priority_it_ends_with_the_same_weights(cluster, workplace, undisturbed):
+    job = pretrain(cluster, workplace, "slurm_preempted")
+    job.until(lambda: stepped(job))
+    urgent = cluster.run("sbatch", "--parsable", "-p", "high", "-N2", "-o", "/dev/null", "--wrap", "sleep 1", cwd=ROOT)
+    job.until(lambda: cluster.job(int(urgent))["JobState"] == "COMPLETED")
+    assert job.wait() == "COMPLETED", job.printed()
+    assert job.restarts == 1
+    printed = job.printed()
+    assert "SIGTERM: writing a checkpoint" in printed
+    assert f"job {job.number}: preempted with a checkpoint" in printed
+    assert re.search(r"--resume: going on with \S+/checkpoint-\d+, step \d+", printed), printed
+    assert same_weights(undisturbed, workplace / "slurm_preempted")
+
+
+@pytest.mark.parametrize("script", ["deepspeed", "fsdp2"])
+def test_the_warning_before_the_time_limit_makes_a_checkpoint_and_queues_again(
+    cluster, workplace, undisturbed, script, monkeypatch
+):
+    if script == "fsdp2":
+        monkeypatch.setitem(cluster.environment, "SCRIPT", "tests/integration/fsdp_on_cpu.py")
+    job = pretrain(cluster, workplace, f"slurm_warned_{script}", script)
+    job.until(lambda: stepped(job))
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))  # what --signal=B:USR1@300 does
+    assert job.wait() == "COMPLETED", job.printed()
+    assert job.restarts == 1
+    assert "SIGUSR1: writing a checkpoint" in job.printed()
+    here = workplace / f"slurm_warned_{script}"
+    if script == "deepspeed":
+        assert same_weights(undisturbed, here)
+    else:  # another layout: the same trajectory up to rounding
+        weights, others = (load_file(folder / "model.safetensors") for folder in (here, undisturbed))
+        for name, weight in weights.items():
+            assert (weight - others[name]).norm() <= 5e-3 * others[name].norm(), name
+
+
+def test_a_job_that_its_owner_cancels_is_not_queued_again(cluster, workplace):
+    job = pretrain(cluster, workplace, "slurm_cancelled")
+    job.until(lambda: stepped(job))
+    cluster.run("scancel", str(job.number))
+    assert job.wait() == "CANCELLED"
+    assert job.restarts == 0
+    assert manifest.newest_complete(workplace / "slurm_cancelled") is not None  # KillWait is enough for this model
+
+
+def test_a_run_that_fails_is_not_queued_again(cluster, workplace):
+    job = pretrain(cluster, workplace, "slurm_failed", rank=100_000)
+    assert job.wait() == "FAILED"
+    assert job.restarts == 0
+    assert "error: " in job.printed()
+
+
+def test_a_sweep_has_a_line_of_flags_for_each_task(cluster, tmp_path):
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("--lr 0.005 --rank 64\n--lr 0.01 --rank 128\n")
+    cluster.environment["SWEEP"] = str(sweep)
+    try:
+        job = Job(cluster, SCRIPTS["deepspeed"], "--dry-run", "--seed", "3", options=("--array=1-3",))
+        job.until(lambda: job.printed().count("srun ") == 2 and "has no line 3" in job.printed())
+        alone = Job(cluster, SCRIPTS["deepspeed"], "--dry-run")
+        alone.until(lambda: "SWEEP needs a job array: sbatch --array=1-2" in alone.printed())
+    finally:
+        del cluster.environment["SWEEP"]
+    lines = sorted(re.findall(r"^srun .*$", job.printed(), re.MULTILINE))
+    assert "--run_name pretrain-" in lines[0]
+    assert lines[0].endswith(f"{job.number}_1 --resume --seed 3 --lr 0.005 --rank 64 ")
+    assert lines[1].endswith(f"{job.number}_2 --resume --seed 3 --lr 0.01 --rank 128 ")
+
+
+@pytest.mark.parametrize(("script", "launcher"), [("deepspeed", "deepspeed"), ("fsdp2", "torchrun")])
+def test_it_says_what_it_would_run_without_a_cluster(script, launcher):
+    done = subprocess.run(
+        ["bash", str(SCRIPTS[script]), "--dry-run", "--max_steps", "5"],
+        env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *environment, command = done.stdout.strip().splitlines()
+    assert "GPUS_PER_NODE=8" in environment
+    assert re.match(rf"srun --nodes=2 .* bash launch/slurm/node.sh {launcher} launch/pretrain.py ", command)
+    assert command.rstrip().endswith("--run_name pretrain-0 --resume --max_steps 5")
