@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from files import is_tokens, text_files
 from resuming import resolve_resume
-from sharding import check_checkpoints, check_launch, read_config, world_size
+from sharding import accelerates_deepspeed_file, check_checkpoints, check_launch, read_config, world_size
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
@@ -319,6 +319,7 @@ def parse_arguments(
         hint = f"; did you mean {near[0]}?" if near else " (--help lists the flags)"
         raise ValueError(f"unknown argument {unknown[0]}{hint}")
     values = vars(given)
+    values["deepspeed"] = values["deepspeed"] or accelerates_deepspeed_file()
 
     def make(kind: Any) -> Any:
         return kind(**{f.name: values[f.name] for f in fields(kind) if f.init})

@@ -46,6 +46,14 @@ def read_config(deepspeed: str | None, fsdp_config: str | None) -> dict[str, Any
     return content
 
 
+def accelerates_deepspeed_file() -> str | None:
+    """DeepSpeed's file in the configuration of ``accelerate launch``, which the script then reads as its own."""
+    if not _is_true("ACCELERATE_USE_DEEPSPEED"):
+        return None
+    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return None if name.lower() == "none" else name
+
+
 def check_launch(args: Any) -> None:
     """Refuse a launcher that does not fit the flags.
 
@@ -77,8 +85,8 @@ def check_launch(args: Any) -> None:
         )
     if _is_true("ACCELERATE_USE_DEEPSPEED") and not args.deepspeed:
         raise ValueError(
-            'accelerate launch brings a DeepSpeed configuration without a "lowrank" block: give the file to the '
-            "script, --deepspeed configs/zero2.json"
+            "accelerate launch brings a DeepSpeed configuration of its own: name a file in it, deepspeed_config_file: "
+            "configs/zero2.json, as configs/accelerate_zero2.yaml does, or give one to the script by --deepspeed"
         )
 
 

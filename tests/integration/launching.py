@@ -48,7 +48,13 @@ def config(name: str) -> list[str]:
 
 
 def start(folder: Path, launcher: str, *argv: str, script: Path = PRETRAIN) -> subprocess.CompletedProcess:
-    """Run a script on two ranks from another folder than the repository's."""
+    """Run a script on two ranks, by a launcher or by a file of ``accelerate launch``.
+
+    It runs from another folder than the repository's, but for those files, whose paths count from there.
+    """
+    file = ROOT / "configs" / launcher
+    if file.suffix == ".yaml":
+        launcher, folder = "accelerate", ROOT
     assert shutil.which(launcher), f"the tests need the {launcher} launcher on PATH"
     port = str(free_port())
     ranks = {
@@ -57,6 +63,8 @@ def start(folder: Path, launcher: str, *argv: str, script: Path = PRETRAIN) -> s
         # Without --multi_gpu it starts one process on a machine without GPUs.
         "accelerate": ["launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", port],
     }
+    if file.suffix == ".yaml":
+        ranks["accelerate"] = ["launch", "--config_file", str(file), "--main_process_port", port]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     command = [launcher, *ranks[launcher], str(script), *argv]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)

@@ -23,6 +23,9 @@ RUNS = {
     "zero2_offload": ("deepspeed", "zero2_offload", "ZeRO-1/2 on 2 ranks"),
     "fsdp2": ("torchrun", "fsdp2", "FSDP2 on 2 ranks"),
     "ddp": ("accelerate", None, "DDP on 2 ranks"),
+    "accelerate_zero2": ("accelerate_zero2.yaml", None, "ZeRO-1/2 on 2 ranks"),
+    "accelerate_zero3": ("accelerate_zero3.yaml", None, "ZeRO-3 on 2 ranks"),
+    "accelerate_fsdp2": ("accelerate_fsdp2.yaml", None, "FSDP2 on 2 ranks"),
 }
 
 
@@ -34,9 +37,9 @@ def run(workplace):
     def get(name):
         if name not in done:
             launcher, file, _ = RUNS[name]
-            options = {**EIGHT_STEPS, **({"save_every": 4} if name != "zero2_offload" else {})}
+            options = {**EIGHT_STEPS, **({"save_every": 4} if name in ("zero3", "fsdp2", "ddp") else {})}
             argv = [*(config(file) if file else []), *flags(workplace, name, **options)]
-            script = FSDP_ON_CPU if name == "fsdp2" else PRETRAIN
+            script = FSDP_ON_CPU if name.endswith("fsdp2") else PRETRAIN
             done[name] = launch(workplace, launcher, *argv, script=script)
         return workplace / name, done[name]
 

@@ -64,8 +64,15 @@ class Job:
 
     def wait(self) -> str:
         """The state in which it ended."""
-        self.until(lambda: self.state not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"))
+        self.until(self._ended)
         return self.state
+
+    def _ended(self) -> bool:
+        fields = self.cluster.job(self.number)
+        if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":
+            # slurm lets two minutes pass before it starts a job again.
+            self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        return fields["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
 
 
 def pretrain(cluster: Cluster, workplace: Path, output: str, script: str = "deepspeed", **options) -> Job:
