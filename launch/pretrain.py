@@ -60,6 +60,13 @@ def main(argv: list[str]) -> int:
         return _leave(trainer)
     metrics = finish(trainer, result.metrics, config)
     if trainer.is_world_process_zero():
+        if skipped := metrics["skipped_shards"]:
+            shards = (
+                "1 shard could not be read to its end"
+                if len(skipped) == 1
+                else (f"{len(skipped)} shards could not be read to their ends")
+            )
+            print(f"{shards}: {next(iter(skipped))}, ... (skipped_shards in metrics.json)")
         print(f"saved to {trainer.args.output_dir}")
         print(f"validation perplexity: {metrics['perplexity']:.3f}", flush=True)
     return 0
