@@ -98,6 +98,8 @@ class DataArguments:
             path = getattr(self, flag)
             if path is not None and not is_tokens(path):
                 text_files(flag, path)
+        if self.train_file and self.validation_file and is_tokens(self.train_file) != is_tokens(self.validation_file):
+            raise ValueError("--validation_file: give tokens for both splits, or text for both")
         if self.train_file and is_tokens(self.train_file):
             self._check_tokens()
         if not 0 < self.validation_share < 1:
@@ -332,6 +334,10 @@ def parse_arguments(
         raise ValueError(f"--optimizer adamw has no subspaces: leave --{' --'.join(ignored)} out")
     if data.streaming and training.max_steps <= 0:
         raise ValueError("--streaming needs --max_steps: a stream has no length")
+    if data.streaming and training.dataloader_num_workers:
+        raise ValueError(
+            "--streaming: a stream knows its position in the process that trains: leave --dataloader_num_workers at 0"
+        )
     return model, data, options, training
 
 

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 from arguments import DataArguments
 from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from files import file_identity, text_files
 
 Documents: TypeAlias = Dataset | IterableDataset
@@ -80,29 +79,32 @@ def held_out(key: str | bytes, share: float) -> bool:
 def _file_corpus(args: DataArguments) -> Corpus:
     assert args.train_file is not None
     kind, files = text_files("train_file", args.train_file)
-    train, files = _read_files("train_file", kind, files, args.streaming)
+    train = _read_files("train_file", kind, files, args.streaming)
     validation: Documents | None = None
     others: list[str] = []
     if args.validation_file:
         kind, others = text_files("validation_file", args.validation_file)
-        validation, others = _read_files("validation_file", kind, others, args.streaming)
-    corpus = _with_validation(train, validation, args, ["file", [file_identity(f) for f in (*files, *others)]])
+        validation = _read_files("validation_file", kind, others, args.streaming)
+    identity = ["file", [file_identity(f) for f in files], [file_identity(f) for f in others]]
+    corpus = _with_validation(train, validation, args, identity)
     corpus.shards = files
     return corpus
 
 
-def _read_files(flag: str, kind: str, files: list[str], streaming: bool) -> tuple[Documents, list[str]]:
-    """Documents of files, and the files in the order of the shards.
+def _read_files(flag: str, kind: str, files: list[str], streaming: bool) -> Documents:
+    """Documents of files, each of which is a shard.
 
     A stream's first file tells its columns: where it is broken another one does, and the stream passes over it later.
     """
-    options = {"sample_by": "paragraph"} if kind == "text" else {}
+    options: dict[str, Any] = {"sample_by": "paragraph"} if kind == "text" else {}
+    options.update(split="train", streaming=streaming)
     first: BaseException | None = None
     for number in range(len(files) if streaming else 1):
-        ordered = [*files[number:], *files[:number]]
         try:
-            return load_dataset(kind, data_files=ordered, split="train", streaming=streaming, **options), ordered
-        except (OSError, ValueError, EOFError, DatasetGenerationError) as error:
+            if number:
+                options["features"] = load_dataset(kind, data_files=files[number], **options).features
+            return load_dataset(kind, data_files=files, **options)
+        except Exception as error:  # whatever a format's reader or a decompressor makes of broken bytes
             first = first or error.__cause__ or error
     told = files[0] if len(files) == 1 else f"{'all' if streaming else 'one'} of {len(files)} files, {files[0]} and on,"
     raise ValueError(f"--{flag}: {told} cannot be read: {type(first).__name__}: {first}") from first
@@ -128,8 +130,9 @@ def _with_validation(train: Documents, validation: Documents | None, args: DataA
     if validation is None:
         column, share = args.text_column, args.validation_share
         _require_column(train, column)
-        validation = train.filter(lambda row: held_out(row[column], share))
-        train = train.filter(lambda row: not held_out(row[column], share))
+        # What has no text is dropped where texts are read: it must not end a shard here.
+        validation = train.filter(lambda row: isinstance(row[column], str) and held_out(row[column], share))
+        train = train.filter(lambda row: isinstance(row[column], str) and not held_out(row[column], share))
     return Corpus(train, validation, identity)
 
 

@@ -22,15 +22,15 @@ import torch
 from arguments import DataArguments
 from corpora import Corpus, Documents, load_corpus
 from datasets import Dataset, load_from_disk
-from files import is_tokens
+from files import file_identity, is_tokens
 from stream import PackedStream, readable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokens import TokenFile, open_arrow, open_bin, packed_arrow
+from tokens import TokenFile, all_long, arrow_files, join_documents, open_arrow, open_bin
 from torch.utils.data import Subset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # Part of every cache key: raise it when the code below would make other sequences from the same text.
-CODE_VERSION = 1
+CODE_VERSION = 2
 # Text that a new tokenizer is trained on: more than this changes the merges very little.
 BPE_CHARACTERS = 100_000_000
 SHUFFLE_SEED = 0
@@ -137,6 +137,9 @@ def cut(documents: Iterable[Sequence[int]], length: int) -> dict[str, list[Any]]
 
 def pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, list[Any]]:
     """Tokenize documents and cut them, end-of-sequence after each, into rows of ``length``; drop the remainder."""
+    texts = [text for text in texts if isinstance(text, str)]  # rows without one
+    if not texts:
+        return {"input_ids": []}
     # verbose=False: a document longer than the tokenizer's model_max_length is what packing is for.
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return cut(((*ids, tokenizer.eos_token_id) for ids in encoded), length)
@@ -236,17 +239,22 @@ def _stream_packed(args: DataArguments, rank: int, world_size: int) -> PackedDat
     """Pack the training text as it is read; the few validation sequences are read at once."""
     corpus = load_corpus(args)
     tokenizer = _tokenizer(corpus, args)
-    validation = Dataset.from_list(_first_rows(corpus.validation, tokenizer, args))
+    # Held out of the training files, or of files of their own.
+    names = corpus.shards if args.train_file and not args.validation_file else []
+    validation = Dataset.from_list(_first_rows(corpus.validation, tokenizer, args, names))
     _require_sequences(len(validation), "validation", args)
     train = PackedStream(
         corpus.train, tokenizer, args.max_length, rank, world_size, seed=SHUFFLE_SEED, names=corpus.shards
     )
+    train.identity += [args.text_column, args.validation_share, args.dataset_name, args.dataset_config]
     return PackedData(tokenizer, train, validation.with_format("numpy"))
 
 
-def _first_rows(documents: Documents, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> list[dict[str, Any]]:
+def _first_rows(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, args: DataArguments, names: Sequence[str]
+) -> list[dict[str, Any]]:
     """As many rows as an evaluation uses."""
-    texts = readable(documents)
+    texts = readable(documents, names)
     rows: list[Any] = []
     while len(rows) < args.eval_sequences and (batch := list(itertools.islice(texts, 1000))):
         rows += pack(batch, tokenizer, args.max_length)["input_ids"]
@@ -264,14 +272,31 @@ def _load_tokens(args: DataArguments) -> PackedData:
     if args.train_file.endswith(".bin"):
         train, validation = open_bin(args, size, end)
     else:
-        splits = open_arrow(args)
-        train, validation = (packed_arrow(split, args.max_length, end, size, cut) for split in splits)
+        train, validation = open_arrow(args)
+        if not (all_long(train, args.max_length) and all_long(validation, args.max_length)):
+            train, validation = _load_joined(args, train, validation, end, size)
     for split, rows in (("train", train), ("validation", validation)):
         _require_sequences(len(rows), split, args)
     some = np.random.default_rng(SHUFFLE_SEED).permutation(len(validation))[: args.eval_sequences].tolist()
     if isinstance(train, TokenFile):
         return PackedData(tokenizer, train, Subset(validation, some))
     return PackedData(tokenizer, train.with_format("numpy"), validation.select(some).with_format("numpy"))
+
+
+def _load_joined(args: DataArguments, train: Dataset, validation: Dataset, end: int, size: int) -> list[Dataset]:
+    """Documents of tokens, joined and cut; kept in the cache."""
+    files = [arrow_files(path) for path in (args.train_file, args.validation_file) if path]
+    identity = ["arrow", [[file_identity(f) for f in group] for group in files], end, size]
+    folder = _cache_folder(args, identity, args.max_length)
+    if not folder.is_dir():
+        print(f"joining and cutting the corpus; kept in {folder}", flush=True)
+        with _published(folder) as building:
+            for split, documents in (("train", train), ("validation", validation)):
+                scratch = building / f"{split}.arrow"
+                joined = join_documents(documents, args.max_length, end, size, cut, scratch)
+                joined.save_to_disk(str(building / split))
+                scratch.unlink(missing_ok=True)
+    return [load_from_disk(str(folder / split)) for split in ("train", "validation")]
 
 
 def _require_sequences(count: int, split: str, args: DataArguments) -> None:

@@ -24,8 +24,11 @@ def text_files(flag: str, pattern: str) -> tuple[str, list[str]]:
         found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
         wrong = [path for path in found or [pattern] if _format(Path(path)) is None]
         if wrong:
-            known = ", ".join((*FILE_FORMATS, ".bin", ".arrow"))
-            raise ValueError(f"--{flag}: {wrong[0]} is none of {known} (text also compressed, as in .json.gz)")
+            known = ", ".join(FILE_FORMATS)
+            raise ValueError(
+                f"--{flag}: {wrong[0]} is none of {known} (compressed, too, as .json.gz), nor tokens: .bin, .arrow or "
+                "a folder of Dataset.save_to_disk"
+            )
     if not found:
         raise FileNotFoundError(f"--{flag}: no such file: {pattern}")
     kinds = {_format(Path(path)) for path in found}

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from stream import PackedStream
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ds_lowrank.integrations.checkpoints import together
+
 
 class StreamPosition(TrainerCallback):
     """Writes where each rank's stream stands, and goes on there.
@@ -27,7 +29,11 @@ class StreamPosition(TrainerCallback):
         self._first_step = 0
 
     def resume(self, folder: str | None, args: TrainingArguments) -> None:
-        """Before training: take up what this rank has left in a checkpoint. Sets ``args.ignore_data_skip``."""
+        """Before training: take up what this rank has left in a checkpoint. Sets ``args.ignore_data_skip``.
+
+        Raises:
+            ValueError: the stream is another one than the checkpoint's.
+        """
         if folder is None:
             return
         path = _file(Path(folder), args.process_index)
@@ -42,18 +48,28 @@ class StreamPosition(TrainerCallback):
                     flush=True,
                 )
             return
-        self.stream.load_state(saved["stream"])
+        try:
+            self.stream.load_state(saved["stream"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         self._first_step = saved["step"]
         args.ignore_data_skip = True
 
     def on_save(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if args.save_only_model:
+            return
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         used = self.stream.first_row + (state.global_step - self._first_step) * rows
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        position = {"step": state.global_step, "world_size": args.world_size, "stream": self.stream.state_at(used)}
-        torch.save(position, _file(folder, args.process_index))
+
+        def write() -> None:
+            position = {"step": state.global_step, "world_size": args.world_size, "stream": self.stream.state_at(used)}
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(position, _file(folder, args.process_index))
+
+        together(write, "writing the position in the stream")
 
     def all_skipped(self) -> dict[str, str]:
         """Shards that some rank could not read, with the error. Collective."""

@@ -94,7 +94,10 @@ def set_up(argv: list[str]) -> tuple[PretrainTrainer, ds_lowrank.LowRankConfig]:
     projected = ds_lowrank.projected_names(model, config)
     if args.optimizer == "frozen":
         freeze(model, projected)
-    return build_trainer(model, config, data, data_args, args), config
+    trainer = build_trainer(model, config, data, data_args, args)
+    if trainer.position is not None:
+        trainer.position.resume(args.resume_from_checkpoint, args)
+    return trainer, config
 
 
 def build_model(
@@ -234,9 +237,6 @@ def _leave(trainer: PretrainTrainer) -> int:
     if trainer.is_world_process_zero():
         saved, name = trainer.checkpoints.saved, trainer.checkpoints.preempted
         print(f"preempted by {name}: saved {saved}; the same command with --resume goes on with it", flush=True)
-        told = os.environ.get("DS_LOWRANK_PREEMPTED_FILE")
-        if told:  # launch/slurm/job.sh cannot go by the exit code, of which torchrun makes 1
-            Path(told).write_text(f"{saved}\n")
     trainer.accelerator.wait_for_everyone()  # a launcher ends all ranks after the first
     return ds_lowrank.PREEMPTED_EXIT_CODE
 

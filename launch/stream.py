@@ -19,10 +19,15 @@ _TOGETHER = 16  # documents that the tokenizer gets at once: its threads take on
 _EVERY, _KEPT = 64, 64  # rows between two states that are kept, and how many: a data loader reads ahead
 
 
-def readable(documents: datasets.Dataset | datasets.IterableDataset) -> Iterator[str]:
-    """Texts of all shards in order, as far as each can be read."""
+def readable(documents: datasets.Dataset | datasets.IterableDataset, names: Sequence[str] = ()) -> Iterator[str]:
+    """Texts of all shards in order, as far as each can be read.
+
+    Args:
+        documents: rows with a ``text``; those without one are left out.
+        names: of the shards, for warnings.
+    """
     if isinstance(documents, datasets.Dataset):
-        yield from (row["text"] for row in documents)
+        yield from (row["text"] for row in documents if isinstance(row["text"], str))
         return
     for index in range(documents.n_shards):
         reader = iter(documents.shard(documents.n_shards, index))
@@ -32,9 +37,11 @@ def readable(documents: datasets.Dataset | datasets.IterableDataset) -> Iterator
             except StopIteration:
                 break
             except Exception as error:  # as below
-                warnings.warn(f"shard {index} of {documents.n_shards}: {_short(error)}", stacklevel=2)
+                name = names[index] if names else f"shard {index} of {documents.n_shards}"
+                warnings.warn(f"{name} cannot be read any further: {_short(error)}", stacklevel=2)
                 break
-            yield row["text"]
+            if isinstance(row["text"], str):
+                yield row["text"]
 
 
 class PackedStream(IterableDataset):
@@ -42,7 +49,8 @@ class PackedStream(IterableDataset):
 
     Shards are read in another order in each pass, and documents shuffled in a buffer. Where the ranks divide the shards
     each rank reads its own, elsewhere every N-th document (``datasets.distributed.split_dataset_by_node``). What cannot
-    be read of a shard is passed over, counted and warned about.
+    be read of a shard is passed over, counted and warned about; documents without a text are left out. A rank of whose
+    shards none can be read goes on with every N-th document of all of them.
 
     Args:
         documents: rows with a ``text``.
@@ -54,6 +62,7 @@ class PackedStream(IterableDataset):
         names: of the shards, for warnings.
 
     Attributes:
+        identity: what a position is good for: numbers, strings and lists of them.
         skipped: shards that could not be read to their end, with the error, in all passes so far.
     """
 
@@ -75,13 +84,14 @@ class PackedStream(IterableDataset):
         names: Sequence[str] = (),
     ) -> None:
         count = documents.n_shards
-        shards = [documents.shard(count, index) for index in range(count)] if count > 1 else [documents]
-        if count % world_size:
-            shards = [split_dataset_by_node(shard, rank, world_size) for shard in shards]
-        self._shards = {i: shard for i, shard in enumerate(shards) if count % world_size or i % world_size == rank}
+        self._shards = [documents.shard(count, index) for index in range(count)] if count > 1 else [documents]
         self._names = list(names) or [f"shard {index} of {count}" for index in range(count)]
+        self._rank, self._world_size = rank, world_size
+        end = tokenizer.eos_token_id
+        self.identity: list[Any] = [self._names, len(tokenizer), end, length, seed, buffer, world_size]
         self._tokenizer, self._length, self._seed, self._size = tokenizer, length, seed, buffer
         self._start: dict[str, Any] = {
+            "whole_shards": count % world_size == 0,
             "epoch": 0,
             "place": 0,
             "shard": None,
@@ -113,12 +123,22 @@ class PackedStream(IterableDataset):
         """
         for state in reversed([{**self._start, "buffer": list(self._start["buffer"])}, *self._states]):
             if state["rows"] <= row:
-                return {**state, "ahead": row - state["rows"]}
+                return {**state, "ahead": row - state["rows"], "identity": self.identity}
         raise ValueError(f"row {row} of the stream was given out before its first")
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_at` was."""
-        self._start = {key: value for key, value in state.items() if key != "ahead"}
+        """Go on where :meth:`state_at` was.
+
+        Raises:
+            ValueError: it is a position in another stream.
+        """
+        if state["identity"] != self.identity:
+            differ = [f"{a!r} there, {b!r} here" for a, b in zip(state["identity"], self.identity) if a != b]
+            raise ValueError(
+                f"the position was kept in another stream ({'; '.join(differ)[:500]}): its files, their order, the "
+                "tokenizer, --max_length, --text_column and --validation_share have to be the same"
+            )
+        self._start = {key: value for key, value in state.items() if key not in ("ahead", "identity")}
         self._ahead = state["ahead"]
         self._states.clear()
         self.skipped = dict(state["skipped"])
@@ -152,6 +172,7 @@ class PackedStream(IterableDataset):
     # ---- reading ----
 
     def _begin(self, state: dict[str, Any]) -> None:
+        self._whole_shards: bool = state["whole_shards"]
         self._epoch, self._place, self._documents = state["epoch"], state["place"], state["documents"]
         self._shard_state, self._current = state["shard"], None
         self._buffer, self._draining = list(state["buffer"]), state["draining"]
@@ -164,6 +185,7 @@ class PackedStream(IterableDataset):
     def _state(self) -> dict[str, Any]:
         """Where reading stands while a row is given out."""
         return {
+            "whole_shards": self._whole_shards,
             "epoch": self._epoch,
             "place": self._place,
             "shard": self._shard_state if self._current is None else self._current.state_dict(),
@@ -201,12 +223,17 @@ class PackedStream(IterableDataset):
     def _pass(self) -> Iterator[str]:
         """Documents of one pass over this rank's shards, from where it stands."""
         # Drawn apart from the buffer, so that a pass that is resumed has the same order.
-        order = np.random.default_rng([self._seed, self._epoch, 1]).permutation(sorted(self._shards))
-        failed = 0
+        mine = (
+            range(self._rank, len(self._shards), self._world_size) if self._whole_shards else range(len(self._shards))
+        )
+        order = np.random.default_rng([self._seed, self._epoch, 1]).permutation(list(mine))
         while self._place < len(order):
             index = int(order[self._place])
             # A copy in depth: what a shard was told of its beginning stays with it, in every later pass (datasets 5.2).
-            shard = self._current = deepcopy(self._shards[index])
+            shard = deepcopy(self._shards[index])
+            if not self._whole_shards:
+                shard = split_dataset_by_node(shard, self._rank, self._world_size)
+            self._current = shard
             if self._shard_state is not None:
                 shard.load_state_dict(self._shard_state)
             reader = iter(shard)
@@ -216,16 +243,20 @@ class PackedStream(IterableDataset):
                 except StopIteration:
                     break
                 except Exception as error:  # whatever a format's reader or a file system makes of broken bytes
-                    failed += 1
                     self._skip(index, error)
                     break
-                self._documents += 1
-                yield row["text"]
+                if isinstance(row["text"], str):
+                    self._documents += 1
+                    yield row["text"]
             self._place, self._shard_state, self._current = self._place + 1, None, None
-        if not self._documents:
+        if not self._documents and self._whole_shards and self._world_size > 1:
+            warnings.warn(f"rank {self._rank} can read none of its {len(order)} shards: it reads of all", stacklevel=2)
+            self._whole_shards, self._place = False, 0
+            yield from self._pass()
+        elif not self._documents:
             raise ValueError(
                 f"no document could be read in a whole pass over {len(order)} shards"
-                + (f", of which {failed} are broken: {next(iter(self.skipped.values()))}" if failed else "")
+                + "".join(f"; {name}: {error}" for name, error in [*self.skipped.items()][:1])
             )
 
     def _skip(self, index: int, error: Exception) -> None:

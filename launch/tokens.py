@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from arguments import DataArguments
 from corpora import held_out
 from datasets import Dataset, DatasetDict, load_from_disk
 from torch.utils.data import Dataset as TorchDataset
+
+_PIECE, _PIECES = 65536, 64  # of a flat file, that are looked at before a run
 
 
 class TokenFile(TorchDataset):
@@ -24,7 +27,8 @@ class TokenFile(TorchDataset):
         start, stop: of the tokens that count; ``None``: the file's end.
 
     Raises:
-        ValueError: a file that is no whole number of tokens; when a row is read, an id beyond the vocabulary.
+        ValueError: a file that is no whole number of tokens; an id beyond the vocabulary, in a sample of the file or
+            when a row is read.
     """
 
     def __init__(
@@ -35,6 +39,22 @@ class TokenFile(TorchDataset):
             raise ValueError(f"{path}: {size} bytes are no tokens of {dtype}: give another --token_dtype")
         self.path, self.length, self.vocabulary = path, length, vocabulary
         self.tokens = np.memmap(path, dtype=dtype, mode="r")[start:stop]
+        self._look(dtype)
+
+    def _look(self, dtype: str) -> None:
+        """Refuse before a run what can be seen in a sample; a row is checked when it is read."""
+        pieces = np.linspace(0, max(0, len(self.tokens) - _PIECE), _PIECES, dtype=np.int64)
+        for first in pieces.tolist():
+            piece = np.asarray(self.tokens[first : first + _PIECE], np.int64)
+            if not len(piece):
+                continue
+            _check_ids(piece, self.vocabulary, self.path)
+            if (
+                dtype == "uint16"
+                and len(piece) > 8
+                and not (piece[first % 2 :: 2].any() and piece[1 - first % 2 :: 2].any())
+            ):
+                raise ValueError(f"{self.path}: every second token is 0, as of --token_dtype uint32 or int32")
 
     def __len__(self) -> int:
         return len(self.tokens) // self.length
@@ -42,11 +62,7 @@ class TokenFile(TorchDataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Row ``index``, int32."""
         row = np.asarray(self.tokens[index * self.length : (index + 1) * self.length], dtype=np.int64)
-        if int(row.max()) >= self.vocabulary or int(row.min()) < 0:
-            raise ValueError(
-                f"{self.path}: row {index} has the token {int(row.max())}, and --tokenizer_name's are below "
-                f"{self.vocabulary}: it is another tokenizer's, or of another --token_dtype"
-            )
+        _check_ids(row, self.vocabulary, f"row {index} of {self.path}")
         return {"input_ids": row.astype(np.int32)}
 
 
@@ -74,33 +90,38 @@ def open_bin(args: DataArguments, vocabulary: int, end: int) -> tuple[TokenFile,
 
 
 def open_arrow(args: DataArguments) -> tuple[Dataset, Dataset]:
-    """Documents or rows ``input_ids`` of both splits, held out by their tokens where there is no validation split."""
-    assert args.train_file is not None
-    train = _open("train_file", args.train_file)
-    validation: Any = None
+    """Documents or rows ``input_ids`` of both splits, held out by their tokens where there is no validation split.
+
+    Nothing is copied.
+    """
+    train = _open("train_file", args.train_file, "train")
     if args.validation_file:
-        validation = _open("validation_file", args.validation_file)
-    elif isinstance(train, DatasetDict):
-        if "train" not in train:
-            raise ValueError(f"--train_file {args.train_file} has no split 'train', only {', '.join(train)}")
-        train, validation = train["train"], train.get("validation")
-    for split in (train, validation):
-        if split is not None and "input_ids" not in split.column_names:
-            raise ValueError(f"--train_file {args.train_file} has no column input_ids, only {split.column_names}")
-    if validation is None:
-        share = args.validation_share
-
-        def is_held_out(row: dict[str, Any]) -> bool:
-            return held_out(np.asarray(row["input_ids"], np.int64).tobytes(), share)
-
-        return train.filter(lambda row: not is_held_out(row)), train.filter(is_held_out)
-    return train, validation
+        return train[0], _open("validation_file", args.validation_file, "validation")[0]
+    documents, validation = train
+    if validation is not None:
+        return documents, validation
+    held: dict[bool, list[int]] = {False: [], True: []}
+    for index, row in enumerate(documents.with_format("numpy")):
+        key = np.asarray(row["input_ids"], np.int64).tobytes()
+        held[held_out(key, args.validation_share)].append(index)
+    return documents.select(held[False]), documents.select(held[True])
 
 
-def packed_arrow(
-    documents: Dataset, length: int, end: int, vocabulary: int, cut: Callable[[list[Any], int], dict[str, list[Any]]]
+def all_long(documents: Dataset, length: int) -> bool:
+    """Whether every row of a data set's file has the length; such rows are taken as they are."""
+    column = documents.data.column("input_ids")
+    return all(pc.all(pc.equal(pc.list_value_length(chunk), length)).as_py() for chunk in column.chunks)
+
+
+def join_documents(
+    documents: Dataset,
+    length: int,
+    end: int,
+    vocabulary: int,
+    cut: Callable[[list[Any], int], dict[str, list[Any]]],
+    file: Path,
 ) -> Dataset:
-    """Rows of ``length``: as they are where all have it already, else joined and cut.
+    """Rows of ``length``: documents joined and cut.
 
     Args:
         documents: with ``input_ids``.
@@ -108,25 +129,46 @@ def packed_arrow(
         end: the token behind a document, added where it is missing.
         vocabulary: ids are below it.
         cut: see :func:`data.cut`.
+        file: where the rows are written.
+
+    Raises:
+        ValueError: an id beyond the vocabulary.
     """
-    documents = documents.select_columns(["input_ids"])
 
     def join(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         found = [np.asarray(ids, np.int64) for ids in batch["input_ids"] if len(ids)]
-        largest = max((int(ids.max()) for ids in found), default=0)
-        if largest >= vocabulary:
-            raise ValueError(
-                f"the corpus has the token {largest}, and --tokenizer_name's are below {vocabulary}: it is another "
-                "tokenizer's"
-            )
-        if all(len(ids) == length for ids in found):
-            return {"input_ids": [ids.astype(np.int32) for ids in found]}
+        for ids in found:
+            _check_ids(ids, vocabulary, "the corpus")
         return cut([ids if ids[-1] == end else np.append(ids, end) for ids in found], length)
 
-    return documents.map(join, batched=True, batch_size=1000)
+    return documents.map(join, batched=True, batch_size=1000, cache_file_name=str(file))
 
 
-def _open(flag: str, path: str) -> Any:
-    if Path(path).suffix == ".bin":
-        raise ValueError(f"--{flag} {path}: give Arrow data for both splits, or .bin files for both")
-    return Dataset.from_file(path) if Path(path).is_file() else load_from_disk(path)
+def arrow_files(path: str) -> list[str]:
+    """The files of an Arrow data set."""
+    return [path] if Path(path).is_file() else sorted(str(file) for file in Path(path).rglob("*.arrow"))
+
+
+def _open(flag: str, path: str | None, split: str) -> tuple[Dataset, Dataset | None]:
+    """A split, and the validation split that lies beside it."""
+    assert path is not None
+    data = Dataset.from_file(path) if Path(path).is_file() else load_from_disk(path)
+    splits = data if isinstance(data, DatasetDict) else {split: data}
+    if split not in splits:
+        raise ValueError(f"--{flag} {path} has no split {split!r}, only {', '.join(splits)}")
+    found = [splits[split], splits.get("validation") if split == "train" else None]
+    for one in found:
+        if one is not None and "input_ids" not in one.column_names:
+            raise ValueError(f"--{flag} {path} has no column input_ids, only {', '.join(one.column_names)}")
+    first, beside = (None if one is None else one.select_columns(["input_ids"]) for one in found)
+    assert first is not None
+    return first, beside
+
+
+def _check_ids(ids: np.ndarray, vocabulary: int, where: str) -> None:
+    for token in (int(ids.max()), int(ids.min())):
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"{where} has the token {token}, and --tokenizer_name's are 0 to {vocabulary - 1}: it is another "
+                "tokenizer's, or (.bin) of another --token_dtype"
+            )

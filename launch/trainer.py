@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+import torch
 from position import StreamPosition
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -52,12 +53,10 @@ class PretrainTrainer(ds_lowrank.ResumeAnywhere, Trainer):
         self.add_callback(checkpoints)
         self.add_callback(_NothingLeftCallback())
 
-    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """The Trainer's; a run that is resumed after its last step makes no further one (the Trainer makes one)."""
-        if self.position is not None:
-            self.position.resume(resume_from_checkpoint, self.args)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(*args, **kwargs)
         except _NothingLeft:
             self.is_in_train = False
             self.callback_handler.on_train_end(self.args, self.state, self.control)
@@ -75,6 +74,8 @@ class PretrainTrainer(ds_lowrank.ResumeAnywhere, Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            # Otherwise making an iterator draws from the global one, in a resumed run where the other did not.
+            generator=torch.Generator(),
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import signal
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,6 +42,9 @@ class CheckpointCallback(TrainerCallback):
       got the signal: at the end of the step in one process, of the step after it on several ranks.
     - ``save_total_limit`` is taken over from the Trainer while it trains, whose own rotation runs before a checkpoint
       is complete.
+
+    - Then rank 0 writes the checkpoint's path into the file that the environment variable ``DS_LOWRANK_PREEMPTED_FILE``
+      names: batch scripts cannot go by the exit code, of which torchrun makes 1.
 
     A run that starts at a step below that of a complete checkpoint in its output directory is refused: the two would
     be mixed, and a later resume would take up the wrong one.
@@ -118,6 +122,9 @@ class CheckpointCallback(TrainerCallback):
         for name, value in (self._taken or {}).items():
             setattr(args, name, value)
         self._taken = None
+        told = os.environ.get("DS_LOWRANK_PREEMPTED_FILE")
+        if told and self.preempted and _rank() == 0:
+            Path(told).write_text(f"{self.saved}\n")
         got = self._signals.restore()
         if got and not self.preempted:  # too late for a checkpoint of ours: what it does without us
             signal.raise_signal(got)

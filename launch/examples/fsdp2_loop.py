@@ -66,6 +66,8 @@ def main() -> None:
         dcp.load(saved, checkpoint_id=whole[max(whole)])
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
         done = int(saved["step"])
+    if done >= args.steps:
+        raise SystemExit(f"{args.folder} has a checkpoint of step {done}: there is nothing left to do")
     for step, ids in enumerate(batches(dist.get_rank(), done, args.steps), done + 1):
         ids = ids.to(device)
         loss = model(input_ids=ids, labels=ids).loss

@@ -11,8 +11,11 @@ export PYTHONUNBUFFERED=1  # lines reach the log when they are printed, not when
 # ---- who and where ----
 export GPUS_PER_NODE="${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
 # Ranks meet at the first node, at the address by which slurm itself reaches it: names need not resolve.
-HEAD_NODE="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show node --oneliner "$HEAD_NODE" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)}"
+if [ -z "${MASTER_ADDR:-}" ]; then
+  read -r HEAD_NODE <<<"$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+  MASTER_ADDR="$(scontrol show node --oneliner "$HEAD_NODE" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)"
+fi
+export MASTER_ADDR
 # Two jobs may share a node: each has a port of its own.
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 

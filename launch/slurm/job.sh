@@ -35,7 +35,8 @@ fi
 
 # A job that is queued again has its number still, and with it its folder: --resume goes on there, or starts.
 number="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-# Rank 0 writes this file when the run was told to stop and has left a checkpoint: torchrun turns the ranks' code into 1.
+# CheckpointCallback writes this file when the run was told to stop and has left a checkpoint: torchrun turns the ranks'
+# code into 1.
 mkdir -p runs
 export DS_LOWRANK_PREEMPTED_FILE="$PWD/runs/.preempted-$number"
 step=(srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1
@@ -49,11 +50,13 @@ if [ -n "$dry_run" ]; then
   exit 0
 fi
 
-told=
+told= running=
 pass_on() {
   told=yes
   echo "job $number: told to stop before the time limit: the ranks write a checkpoint" >&2
-  kill -USR1 "$running" 2>/dev/null || true  # srun sends it to all processes of the step
+  if [ -n "$running" ]; then
+    kill -USR1 "$running" 2>/dev/null || true  # srun sends it to all processes of the step
+  fi
 }
 rm -f "$DS_LOWRANK_PREEMPTED_FILE"
 trap pass_on USR1
@@ -69,13 +72,14 @@ done
 if [ -f "$DS_LOWRANK_PREEMPTED_FILE" ]; then
   rm -f "$DS_LOWRANK_PREEMPTED_FILE"
   # One that its owner cancels is cancelled, checkpoint or not.
-  state="$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[^ ]*' | cut -d= -f2)"
+  # By its number, not SLURM_JOB_ID: of one task of an array that is the whole array's.
+  state="$(scontrol show job --oneliner "$number" | grep -o 'JobState=[^ ]*' | cut -d= -f2)"
   if [ "$state" = RUNNING ]; then
     echo "job $number: preempted with a checkpoint, queued again" >&2
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$number"
     sleep 60  # until slurm ends this script
   fi
-elif [ -n "$told" ]; then
+elif [ -n "$told" ] && [ "$code" != 0 ]; then
   echo "job $number: the time limit came before a checkpoint could be written: give it more --time" >&2
 fi
 exit "$code"

@@ -157,6 +157,19 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path, jsonl, monkeypatch):
     assert len(load_data(args).train) > 0
 
 
+def test_a_file_that_moves_to_the_validation_split_is_packed_again(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name, texts in (("train", TEXTS[:60]), ("valid", TEXTS[60:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    both = load_data(arguments(tmp_path, train_file=str(folder)))
+    train, valid = str(folder / "train.jsonl"), str(folder / "valid.jsonl")
+    one = load_data(arguments(tmp_path, train_file=train, validation_file=valid))
+    theirs = set(TEXTS[60:])
+    assert documents_of(both.train, both.tokenizer) & theirs, "this could not tell"
+    assert not documents_of(one.train, one.tokenizer) & theirs
+
+
 def test_a_changed_file_is_packed_again(tmp_path, jsonl):
     args = arguments(tmp_path, train_file=str(jsonl))
     before = len(load_data(args).train)

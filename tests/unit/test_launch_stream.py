@@ -8,6 +8,7 @@ import sys
 import warnings
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from datasets import load_dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
 from data import train_tokenizer
+from position import StreamPosition
 from stream import PackedStream
 
 DOCUMENTS, SHARDS, LENGTH = 20, 4, 16
@@ -127,7 +129,7 @@ def test_nothing_to_read_is_an_error(files, tokenizer):
     for file in files:
         Path(file).write_bytes(b"\x00")
     with pytest.raises(
-        ValueError, match="no document could be read in a whole pass over 4 shards, of which 4 are broken"
+        ValueError, match=r"no document could be read in a whole pass over 4 shards; shard \d of 4: BadGzipFile"
     ):
         next(iter(PackedStream(documents, tokenizer, LENGTH)))
 
@@ -136,3 +138,69 @@ def test_workers_are_refused(files, tokenizer):
     loader = torch.utils.data.DataLoader(stream(files, tokenizer), num_workers=1, batch_size=None)
     with pytest.raises(ValueError, match="leave --dataloader_num_workers at 0"):
         next(iter(loader))
+
+
+def test_a_rank_whose_shards_are_all_broken_reads_of_the_others(files, tokenizer):
+    Path(files[2]).write_bytes(b"\x00" * 50)
+    one = stream(files, tokenizer, rank=2, world_size=4)
+    with pytest.warns(UserWarning, match="rank 2 can read none of its 1 shards: it reads of all"):
+        first = rows(one, 100)
+    again = stream(files, tokenizer, rank=2, world_size=4)
+    again.load_state(one.state_at(70))
+    assert rows(again, 30) == first[70:]
+
+
+def test_documents_without_a_text_are_left_out(tmp_path, tokenizer):
+    path = tmp_path / "some.jsonl"
+    texts = [None if i % 3 == 0 else f"word {i}" for i in range(60)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    one = stream([str(path)], tokenizer, names=["some"])
+    found = tokenizer.decode([i for row in rows(one, 40) for i in row]).split(tokenizer.eos_token)
+    assert {text for text in texts if text} <= set(found)
+    assert not one.skipped
+
+
+def test_a_position_in_another_stream_is_refused(files, tokenizer):
+    one = stream(files, tokenizer)
+    next(iter(one))
+    state = one.state_at(1)
+    fewer = stream(files[:3], tokenizer, names=files[:3])
+    with pytest.raises(ValueError, match=r"kept in another stream .* have to be the same"):
+        fewer.load_state(state)
+    documents = load_dataset("json", data_files=files, split="train", streaming=True)
+    longer = PackedStream(documents, tokenizer, LENGTH + 1, buffer=8)
+    with pytest.raises(ValueError, match="16 there, 17 here"):
+        longer.load_state(state)
+
+
+def test_the_trainers_steps_are_rows_of_the_stream(files, tokenizer, tmp_path):
+    """Twice resumed, with accumulation, and a loader that reads ahead."""
+    whole = rows(stream(files, tokenizer), 200)
+    args = SimpleNamespace(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        process_index=0,
+        world_size=1,
+        save_only_model=False,
+        ignore_data_skip=False,
+    )
+    folder = None
+    for step in (4, 7, 20):
+        one = stream(files, tokenizer)
+        position = StreamPosition(one)
+        position.resume(folder, args)
+        assert args.ignore_data_skip == (folder is not None)
+        reader = iter(one)
+        for _ in range(6 * 20 + 5 - one.first_row):
+            next(reader)
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        position.on_save(args, SimpleNamespace(global_step=step), None)
+        folder = str(tmp_path / f"checkpoint-{step}")
+        again = stream(files, tokenizer)
+        StreamPosition(again).resume(folder, args)
+        assert again.first_row == 6 * step
+        assert rows(again, 20) == whole[6 * step : 6 * step + 20]
+    args.world_size, args.ignore_data_skip = 2, False
+    StreamPosition(stream(files, tokenizer)).resume(folder, args)
+    assert not args.ignore_data_skip

@@ -83,6 +83,7 @@ def test_arrow_documents_are_joined_cut_and_held_out(tmp_path, tokenizer, kind):
         path = next(path.glob("*.arrow"))
     packed = load_data(arguments(tmp_path, tokenizer, train_file=str(path)))
     assert {len(row["input_ids"]) for row in packed.train} == {16}
+    assert list((tmp_path / "data").rglob("cache-*")) == [], "written into the user's folder"
     train, validation = (documents_of(split, end) for split in (packed.train, packed.validation))
     known = {tuple(document) for document in DOCUMENTS}
     assert len(train & known) > 80
@@ -98,13 +99,20 @@ def test_rows_that_have_the_length_stay_as_they_are(tmp_path, tokenizer):
     ).save_to_disk(tmp_path / "data")
     packed = load_data(arguments(tmp_path, tokenizer, train_file=str(tmp_path / "data")))
     assert [row["input_ids"].tolist() for row in packed.train] == rows
+    assert not (tmp_path / "cache").exists(), "they were copied"
+    assert list((tmp_path / "data").rglob("cache-*")) == []
 
 
 def test_foreign_tokens_are_refused(tmp_path, tokenizer):
     np.array([1, 2, 60000, 4] * 40, "uint16").tofile(tmp_path / "a.bin")
-    packed = load_data(arguments(tmp_path, tokenizer, train_file=str(tmp_path / "a.bin")))
-    with pytest.raises(ValueError, match="has the token 60000, and --tokenizer_name's are below 281"):
-        packed.train[0]
+    with pytest.raises(ValueError, match=r"a\.bin has the token 60000, and --tokenizer_name's are 0 to 280"):
+        load_data(arguments(tmp_path, tokenizer, train_file=str(tmp_path / "a.bin")))
+    np.array([1, 2, -3, 4] * 40, "int32").tofile(tmp_path / "n.bin")
+    with pytest.raises(ValueError, match=r"has the token -3"):
+        load_data(arguments(tmp_path, tokenizer, train_file=str(tmp_path / "n.bin"), token_dtype="int32"))
+    np.array([7, 8, 9, 4] * 40, "uint32").tofile(tmp_path / "wide.bin")
+    with pytest.raises(ValueError, match="every second token is 0, as of --token_dtype uint32"):
+        load_data(arguments(tmp_path, tokenizer, train_file=str(tmp_path / "wide.bin")))
     Dataset.from_dict({"input_ids": [[1, 60000]] * 50}).save_to_disk(tmp_path / "b")
     with pytest.raises(ValueError, match="has the token 60000"):
         load_data(arguments(tmp_path, tokenizer, train_file=str(tmp_path / "b")))
@@ -156,6 +164,19 @@ def test_a_stream_does_without_a_broken_shard_and_a_corpus_that_is_kept_does_not
     assert not train & validation
     with pytest.raises(ValueError, match=r"one of 4 files, .* cannot be read"):
         load_data(arguments(tmp_path, tokenizer, **args))
+
+
+def test_a_first_shard_that_does_not_decompress_is_passed_over(tmp_path, tokenizer):
+    write_shards(tmp_path / "c4")
+    path = tmp_path / "c4" / "c4-train.00000-of-00004.json.gz"
+    content = bytearray(path.read_bytes())
+    content[20:60] = bytes(40)
+    path.write_bytes(bytes(content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        packed = load_data(arguments(tmp_path, tokenizer, train_file=str(tmp_path / "c4"), streaming=True))
+        list(islice(packed.train, 300))
+    assert list(packed.train.skipped) == [str(path)]
 
 
 def test_nothing_readable_and_several_formats_are_refused(tmp_path, tokenizer):

@@ -44,6 +44,7 @@ class Job:
         wanted = ["--parsable", f"--output={self.log}", "--gpus-per-node=0", "--time=10", *options]
         printed = cluster.run("sbatch", *wanted, str(script), *argv, cwd=ROOT)
         self.number = int(printed.split(";")[0])
+        self._since = time.monotonic()
 
     @property
     def state(self) -> str:
@@ -71,8 +72,11 @@ class Job:
         fields = self.cluster.job(self.number)
         if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":
             # slurm lets two minutes pass before it starts a job again.
-            self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
-        return fields["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
+            self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now", check=False)
+        if fields["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+            self._since = time.monotonic()
+        # A job that is being queued again passes through a final state.
+        return time.monotonic() - self._since > 5
 
 
 def pretrain(cluster: Cluster, workplace: Path, output: str, script: str = "deepspeed", **options) -> Job:
