@@ -44,7 +44,6 @@ class Job:
         wanted = ["--parsable", f"--output={self.log}", "--gpus-per-node=0", "--time=10", *options]
         printed = cluster.run("sbatch", *wanted, str(script), *argv, cwd=ROOT)
         self.number = int(printed.split(";")[0])
-        self._since = time.monotonic()
 
     @property
     def state(self) -> str:
@@ -65,6 +64,7 @@ class Job:
 
     def wait(self) -> str:
         """The state in which it ended."""
+        self._since = time.monotonic()
         self.until(self._ended)
         return self.state
 

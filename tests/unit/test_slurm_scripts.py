@@ -1,0 +1,72 @@
+"""launch/slurm/job.sh with stand-ins for slurm's commands: which job it queues again, and when."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "slurm" / "pretrain_deepspeed.sbatch"
+# Of one task of an array SLURM_JOB_ID is the array's, by which scontrol shows all of its tasks.
+SCONTROL = """#!/usr/bin/env bash
+case "$1 $2" in
+  "show hostnames") printf 'node-1\\nnode-2\\n' ;;
+  "show node") echo "NodeName=node-1 NodeAddr=10.0.0.1" ;;
+  "show job")
+    case "$4" in
+      7_3) echo "JobId=7 ArrayTaskId=3 JobState=$STATE Restarts=0" ;;
+      7) printf 'JobId=7 ArrayTaskId=3 JobState=RUNNING\\nJobId=8 ArrayTaskId=2 JobState=PENDING\\n' ;;
+      12) echo "JobId=12 JobState=$STATE Restarts=0" ;;
+    esac ;;
+  "requeue "*) echo "$2" >>"$CALLS" ;;
+esac
+"""
+SRUN = """#!/usr/bin/env bash
+if [ -n "$LEAVES" ]; then echo checkpoint >"$DS_LOWRANK_PREEMPTED_FILE"; fi
+exit "$CODE"
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Runs the script as slurm would; returns its exit code, its output and what was queued again."""
+    for name, text in (("scontrol", SCONTROL), ("srun", SRUN), ("sleep", "#!/usr/bin/env bash\n")):
+        path = tmp_path / name
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    calls = tmp_path / "calls"
+
+    def run(leaves: str, code: int, state: str = "RUNNING", **slurm: str) -> tuple[int, str, list[str]]:
+        calls.write_text("")
+        place = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2"}
+        environment = {**os.environ, **place, "SLURM_JOB_NAME": "pretrain", "SLURM_CPUS_ON_NODE": "4", **slurm}
+        environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "VENV": "nowhere"}
+        environment |= {"LEAVES": leaves, "CODE": str(code), "STATE": state}
+        done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr, calls.read_text().split()
+
+    yield run
+    for left in (ROOT / "runs").glob(".preempted-*"):
+        left.unlink()
+
+
+ARRAY = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+@pytest.mark.parametrize(("slurm", "number"), [({"SLURM_JOB_ID": "12"}, "12"), (ARRAY, "7_3")])
+def test_a_job_that_left_a_checkpoint_is_queued_again_by_its_own_number(job, slurm, number):
+    code, told, queued = job("yes", 75, **slurm)
+    assert queued == [number]
+    assert code == 75
+    assert f"job {number}: preempted with a checkpoint" in told
+
+
+@pytest.mark.parametrize(
+    ("leaves", "code", "state"), [("", 1, "RUNNING"), ("", 0, "RUNNING"), ("yes", 75, "CANCELLED")]
+)
+def test_others_are_not(job, leaves, code, state):
+    assert job(leaves, code, state, SLURM_JOB_ID="12")[::2] == (code, [])
