@@ -61,7 +61,10 @@ def same_end(folder, reference):
     assert all(torch.equal(loaded[name], weight) for name, weight in here.items())
 
 
-@pytest.mark.parametrize("name", RUNS)
+SLOW = ("accelerate_zero3", "accelerate_fsdp2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in RUNS])
 def test_every_layout_ends_where_zero2_ends(run, zero2_run, name):
     folder, printed = run(name)
     assert f"layout: {RUNS[name][2]}" in printed

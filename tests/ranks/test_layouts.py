@@ -66,7 +66,7 @@ def test_wide_matrices_sharded_by_columns_move_nothing(pools, layout, ranks):
     assert by_rows["moved"] > 0 or (layout, ranks) == ("hsdp", 2)  # there a copy of the model is on one rank
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "settings",
     [

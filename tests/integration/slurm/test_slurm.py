@@ -115,7 +115,7 @@ def test_preempted_by_a_job_of_higher_priority_it_ends_with_the_same_weights(clu
     assert same_weights(undisturbed, workplace / "slurm_preempted")
 
 
-@pytest.mark.parametrize("script", ["deepspeed", "fsdp2"])
+@pytest.mark.parametrize("script", [pytest.param("deepspeed", marks=pytest.mark.slow), "fsdp2"])
 def test_the_warning_before_the_time_limit_makes_a_checkpoint_and_queues_again(
     cluster, workplace, undisturbed, script, monkeypatch
 ):
