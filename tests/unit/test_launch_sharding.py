@@ -75,13 +75,18 @@ def test_flags_win_over_the_block(tmp_path):
         # accelerate launch --num_processes 2 without GPUs: one process, and the port of the other's rendezvous
         ([], {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "started one process where several"),
         (["--deepspeed", ZERO2], {**RANK_0_OF_2, "ACCELERATE_USE_CPU": "True"}, "--cpu drops DeepSpeed"),
-        ([], {**RANK_0_OF_2, "ACCELERATE_USE_DEEPSPEED": "true"}, "give the file to the script"),
+        ([], {**RANK_0_OF_2, "ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed_config_file: configs/zero2.json"),
+        (
+            [],
+            {**RANK_0_OF_2, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"},
+            "'nowhere.json' does not exist",
+        ),
     ],
 )
 def test_bad_launch(argv, environment, message, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r".") as caught:
+    with pytest.raises((ValueError, FileNotFoundError), match=r".") as caught:
         parse_arguments(argv)
     assert message in str(caught.value)
 
