@@ -220,8 +220,9 @@ def _states_fault(source: Source, optimizer: LowRankAdamW) -> str | None:
             return f"{plan.name} {plan.shape} {formats.differ(*saved.formats.names)}"
     # Where no matrix has a state, the others may still have codes, which are not made numbers again.
     if formats.state_dtype != "int8":
-        for name in [m.name for m in optimizer.members if source.counter(m.name) is not None]:
-            if source.moment_dtype(name) == torch.uint8:
+        projected = {plan.parameter for plan in plans}
+        for name in [m.name for m in optimizer.members if m.name not in projected]:
+            if source.counter(name) is not None and source.moment_dtype(name) == torch.uint8:
                 return f"{name} has 8-bit moments there: use state_dtype 'int8'"
     return None
 
