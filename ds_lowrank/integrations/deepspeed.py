@@ -19,6 +19,8 @@ from ds_lowrank.param_groups import param_groups
 OLDEST, TOO_NEW = (0, 16), (0, 20)
 # Between these, DeepSpeed mistakes stage 1 with bf16 and fp32 accumulation for stage 0 (seen in 0.17.6 and 0.18.0).
 _NO_BF16_OPTIMIZER = ((0, 17), (0, 19))
+# Without offload these keep, of a step's micro-batches, the gradients of the last alone (deepspeedai/DeepSpeed#7718).
+_DROP_MICRO_BATCHES = ("0.17.6", "0.18.0", "0.18.1", "0.18.2")
 
 
 def deepspeed_optimizer(
@@ -126,7 +128,8 @@ def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, 
             for a DeepSpeed outside the supported range.
         FileNotFoundError: no such file.
     """
-    release = _check_version(importlib.metadata.version("deepspeed"))
+    installed = importlib.metadata.version("deepspeed").split("+")[0]
+    release = _check_version(installed)
     content = load_json(config)
     if content.get("optimizer") is not None:
         raise ValueError(
@@ -138,6 +141,11 @@ def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, 
         raise ValueError('"zero_optimization" must be a block with a "stage"')
     _check_stage(zero, content, release)
     _check_offload(zero, content)
+    if zero["stage"] == 2 and installed in _DROP_MICRO_BATCHES and _offload_device(zero) == "none":
+        raise ValueError(
+            f"DeepSpeed {installed} drops, in stage 2, the gradients of all micro-batches of a step but the last (its "
+            "issue 7718): install deepspeed<0.17.6 or >=0.18.3, or use stage 1 or 3"
+        )
     for key, what in (
         ("round_robin_gradients", "links fragments in another order than it stores them"),
         ("elastic_checkpoint", "cannot save the state of a foreign optimizer"),
@@ -192,7 +200,7 @@ def prepare_cpu() -> None:
 
 
 def _check_version(installed: str) -> tuple[int, ...]:
-    release = tuple(int(part) for part in installed.split("+")[0].split(".")[:2])
+    release = tuple(int(part) for part in installed.split(".")[:2])
     if not OLDEST <= release < TOO_NEW:
         raise ValueError(
             f"DeepSpeed {installed} is outside the supported range: install deepspeed>={_dotted(OLDEST)},"

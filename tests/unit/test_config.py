@@ -165,7 +165,7 @@ def test_deepspeed_versions(version, fine, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "fine"), [("0.16.0", True), ("0.17.6", False), ("0.18.0", False), ("0.19.8", True)]
+    ("version", "fine"), [("0.16.0", True), ("0.17.5", False), ("0.18.6", False), ("0.19.8", True)]
 )
 def test_bf16_optimizer_where_deepspeed_has_it(version, fine, monkeypatch):
     """Seen in 0.17.6 and 0.18.0: stage 1 with bf16 and fp32 accumulation is taken for stage 0."""
@@ -180,6 +180,28 @@ def test_bf16_optimizer_where_deepspeed_has_it(version, fine, monkeypatch):
         check_deepspeed_config(config)
     else:
         with pytest.raises(ValueError, match="use stage 2, or another DeepSpeed"):
+            check_deepspeed_config(config)
+
+
+@pytest.mark.parametrize(
+    ("version", "stage", "offload", "fine"),
+    [
+        ("0.17.5", 2, "none", True),
+        ("0.17.6", 2, "none", False),
+        ("0.18.2+cu", 2, "none", False),
+        ("0.18.2", 2, "cpu", True),
+        ("0.18.2", 3, "none", True),
+        ("0.18.3", 2, "none", True),
+    ],
+)
+def test_deepspeeds_that_drop_micro_batches(version, stage, offload, fine, monkeypatch):
+    monkeypatch.setattr(integration.importlib.metadata, "version", lambda name: version)
+    zero = {"stage": stage, "offload_optimizer": {"device": offload}}
+    config = {**GOOD, "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+    if fine:
+        check_deepspeed_config(config)
+    else:
+        with pytest.raises(ValueError, match=r"drops, in stage 2, .* install deepspeed<0\.17\.6 or >=0\.18\.3"):
             check_deepspeed_config(config)
 
 
