@@ -22,7 +22,8 @@ class Temporaries:
 
     Attributes:
         step: without a refresh.
-        refresh: where everything is due, as in the first step: the largest wave.
+        refresh: in the largest wave of a step where everything is due, as in the first. Matrices that are not due take
+            what ``step`` says, at another moment of the call.
         solver: of that, the workspace of ``eigh``, which is allocated outside torch on a CPU.
     """
 
@@ -57,7 +58,7 @@ def temporaries(
         step = max(step, _pipeline(batches))
     waves = [_wave(wave, rank, formats, gram_width) for wave in waves_of(kept)]
     refresh, solver = max(waves, default=(0, 0))
-    return Temporaries(step, max(step, refresh), solver if refresh > step else 0)
+    return Temporaries(step, refresh, solver)
 
 
 class _Batch:
