@@ -4,7 +4,7 @@
 
 Twelve steps on gloo ranks against five, a checkpoint and seven more in new engines, across refreshes, over tall, wide,
 square and stacked matrices, fewer rows than ranks, uneven and cut mid-row. The same twelve micro-batches make a step on
-any number of ranks.
+any number of ranks; where ranks and layout stay, two on each.
 
     format        what reads the checkpoint: ``native``, the framework; ``full``, FSDP2 whole tensors; ``any``,
                   ``ds_lowrank.load_checkpoint``
@@ -41,7 +41,7 @@ from ds_lowrank.optimizer import STATE_KEY, LowRankAdamW
 from ds_lowrank.pieces import EIGHT_BIT_KEY
 from ds_lowrank.states.blocks import BLOCK
 
-BEFORE, AFTER, MICRO_BATCHES = 5, 7, 12
+STEPS, MICRO_BATCHES = (5, 7), 12
 SHAPES = (("small", 3, 4), ("thin", 2, 2), ("experts", 1, 3))
 REAL = ("real", 1, 32)
 
@@ -80,7 +80,7 @@ class Move:
             layers=layers,
             rank=rank,
             gap=3,
-            accumulation=MICRO_BATCHES // ranks,
+            accumulation=2 if self.before == self.after else MICRO_BATCHES // ranks,
             config=config,
         )
         settings = {k: v for k, v in self.settings if k != "offload" or layout.startswith("zero")}
@@ -165,8 +165,8 @@ def main() -> None:
 
 def row(pools: dict[int, RankPool], move: Move, with_real: bool = True) -> Row:
     """One row: the worst of all shapes; large matrices apart, where rounding alone drifts."""
-    small = [try_move(pools, move, shapes) for shapes in SHAPES]
-    results = [*small, try_move(pools, move, REAL)] if with_real else small
+    results = [try_move(pools, move, shapes, with_drift=True) for shapes in (*SHAPES, *[REAL] * with_real)]
+    small = results[: len(SHAPES)]
     same = move.before == move.after
     return {
         "layout": move.before[0],
@@ -185,39 +185,45 @@ def row(pools: dict[int, RankPool], move: Move, with_real: bool = True) -> Row:
     }
 
 
-def try_move(pools: dict[int, RankPool], move: Move, shapes: tuple[str, int, int]) -> dict[str, Any]:
-    """Train, stop, move and go on."""
+def try_move(
+    pools: dict[int, RankPool],
+    move: Move,
+    shapes: tuple[str, int, int],
+    steps: tuple[int, int] = STEPS,
+    with_drift: bool = False,
+) -> dict[str, Any]:
+    """Train, stop, move and go on, for ``steps`` before and after; ``with_drift`` costs another uninterrupted run."""
     before = move.case(move.before, shapes)
     settings = move.settings if move.after_settings is None else move.after_settings
-    after = replace(move, settings=settings).case(move.after, shapes)
+    there = replace(move, settings=settings).case(move.after, shapes)
     source, target = pools[move.before[1]], pools[move.after[1]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        whole = source.run(uninterrupted, before, folder, move.how == "full")[0]
+        whole = source.run(uninterrupted, before, steps, folder, move.how == "full")[0]
         drift = 0.0
-        if move.before != move.after:
-            drift = _deviation(target.run(uninterrupted, after)[0]["weights"], whole)
-        resumed = target.run(resume, after, folder, move.how)[0]
+        if with_drift and move.before != move.after:
+            drift = _deviation(target.run(uninterrupted, there, steps)[0]["weights"], whole)
+        resumed = target.run(resume, there, steps, folder, move.how)[0]
     equal = _equal(whole["state"], resumed["state"])
     return {"state_equal": equal, "deviation": _deviation(resumed["weights"], whole), "drift": drift}
 
 
-def uninterrupted(case: Case, folder: Path | None = None, full: bool = False) -> dict[str, Any]:
+def uninterrupted(case: Case, steps: tuple[int, int], folder: Path | None = None, full: bool = False) -> dict[str, Any]:
     """All steps; a checkpoint is written on the way, and the state then is returned with the final weights."""
     run = start(case, build_model(case))
     first = assemble(run.optimizer, held(run.optimizer))[0]
-    _train(run, case, 0, BEFORE)
+    _train(run, case, 0, steps[0])
     state = None
     if folder is not None:
         run.save(folder, full)
         state = whole_state(run.optimizer)
-    _train(run, case, BEFORE, BEFORE + AFTER)
+    _train(run, case, steps[0], sum(steps))
     weights = assemble(run.optimizer, held(run.optimizer))[0]
     run.close()
     return {"first": first, "state": state, "weights": weights}
 
 
-def resume(case: Case, folder: Path, how: str) -> dict[str, Any]:
+def resume(case: Case, steps: tuple[int, int], folder: Path, how: str) -> dict[str, Any]:
     """A new model and engine, the checkpoint, and the rest of the steps."""
     model = build_model(case)
     for parameter in model.parameters():
@@ -229,7 +235,7 @@ def resume(case: Case, folder: Path, how: str) -> dict[str, Any]:
         run.load(folder, how == "full")
         run.optimizer.ensure_state()
     state = whole_state(run.optimizer)
-    _train(run, case, BEFORE, BEFORE + AFTER)
+    _train(run, case, steps[0], sum(steps))
     weights = assemble(run.optimizer, held(run.optimizer))[0]
     run.close()
     return {"state": state, "weights": weights}

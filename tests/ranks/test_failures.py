@@ -14,13 +14,13 @@ from rank_pool import RankError, RankPool
 
 import ds_lowrank
 
-TIMEOUT = 5.0
+TIMEOUT = 10.0  # less than that a rank may fall behind on a machine that others use
 
 
 @pytest.mark.parametrize("how", ["hangs", "dies"])
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_every_other_rank_gets_an_error_with_the_collectives_name(layout, how):
-    pool = RankPool(3, timeout=TIMEOUT, patience=60.0)
+    pool = RankPool(3, timeout=TIMEOUT, patience=180.0)
     begin = time.monotonic()
     answers = pool.run_to_the_end(_step_without_rank_1, Case(layout=layout, accumulation=1), how)
     assert time.monotonic() - begin < 3 * TIMEOUT + 20  # the ranks' own start of the model included

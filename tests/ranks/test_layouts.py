@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import pytest
 import torch
-from cases import Case, arguments, build_model, run_case
+from cases import Case, arguments, brief, build_model, run_case
 from harness import LAYOUTS, start
 
 MANY_RANKS = [layout for layout in LAYOUTS if layout != "one"]
@@ -14,8 +15,8 @@ PERSISTENT = {"zero": {"stage3_param_persistence_threshold": 10_000}}
 COLUMNS = {"layout": "fsdp2", "wide_on_columns": True, "shapes": "columns"}
 
 
-def check(pools, ranks: int, case: Case, tolerance: float = 1e-5) -> dict:
-    results = pools(ranks).run(run_case, case, with_free=False)
+def check(pools, ranks: int, tolerance: float = 1e-5, **settings: Any) -> dict:
+    results = pools(ranks).run(run_case, brief(ranks, **settings), with_free=False)
     assert results[0]["deviation"] < tolerance
     assert results[0]["basis_deviation"] < 1e-4
     assert all(r["ranks_equal"] for r in results)
@@ -24,45 +25,57 @@ def check(pools, ranks: int, case: Case, tolerance: float = 1e-5) -> dict:
     return results[0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+# What is run, on how many ranks, and on how many by the slow tests: every layout is on 1-4 ranks without them.
+SETTINGS: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
+    "bf16-importance-keep": ({"dtype": "bf16"}, (3,), (1, 2, 4)),
+    "fp32-dominant-project": ({"selection": "dominant", "moments": "project", "accumulation": 1}, (1, 2), (3, 4)),
+    "fewer-rows-than-ranks": ({"shapes": "thin", "rank": 2, "accumulation": 1}, (4,), (1, 2, 3)),
+    "stacked-experts": ({"shapes": "experts", "rank": 3, "moments": "project"}, (3,), (1, 2, 4)),
+}
+
+
 @pytest.mark.parametrize("layout", MANY_RANKS)
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "ranks"),
     [
-        pytest.param({"dtype": "fp32", "selection": "dominant", "moments": "project"}, id="fp32-dominant-project"),
-        pytest.param({"dtype": "bf16"}, id="bf16-importance-keep"),
-        pytest.param({"shapes": "thin", "rank": 2}, id="fewer-rows-than-ranks"),
-        pytest.param({"shapes": "experts", "rank": 3, "moments": "project"}, id="stacked-experts"),
+        pytest.param(settings, ranks, id=f"{name}-{ranks}", marks=[pytest.mark.slow] * (ranks in slow))
+        for name, (settings, ordinary, slow) in SETTINGS.items()
+        for ranks in (*ordinary, *slow)
     ],
 )
 def test_the_update_is_the_references(pools, ranks, layout, settings):
-    result = check(pools, ranks, Case(layout=layout, **settings))
+    result = check(pools, ranks, layout=layout, **settings)
     assert result["refreshes"] is None or result["refreshes"] >= 3
     if ranks > 1 and settings.get("shapes") != "experts":
         assert result["shared"] > 0
 
 
 @pytest.mark.parametrize("layout", ["one", "ddp", "fsdp2", "hsdp"])
-def test_fp64_agrees_to_1e_9(pools, layout):
-    ranks = 1 if layout == "one" else 4
-    check(pools, ranks, Case(layout=layout, dtype="fp64"), tolerance=1e-9)
-    check(pools, ranks, Case(layout=layout, dtype="fp64", shapes="experts", rank=3), tolerance=1e-9)
+@pytest.mark.parametrize("shapes", ["small", pytest.param("experts", marks=pytest.mark.slow)])
+def test_fp64_agrees_to_1e_9(pools, layout, shapes):
+    ranks = {"one": 1, "hsdp": 4}.get(layout, 3)
+    check(pools, ranks, tolerance=1e-9, layout=layout, dtype="fp64", shapes=shapes, rank=3)
 
 
 @pytest.mark.parametrize("layout", ["ddp", "zero2", "zero3", "fsdp2", "hsdp"])
 def test_llama_sized_matrices(pools, layout):
     """1376×512 and 512×1376: boundary rows move for the tall, columns become rows for the wide one."""
     for ranks in (2, 3):
-        case = Case(layout=layout, shapes="real", layers=1, rank=32, steps=5, accumulation=1)
-        check(pools, ranks, case)
+        check(pools, ranks, layout=layout, shapes="real", layers=1, rank=32, steps=5, accumulation=1)
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "hsdp"])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [
+        pytest.param(layout, ranks, marks=[pytest.mark.slow] * ((layout, ranks) not in (("fsdp2", 3), ("hsdp", 4))))
+        for layout in ("fsdp2", "hsdp")
+        for ranks in (2, 3, 4)
+    ],
+)
 def test_wide_matrices_sharded_by_columns_move_nothing(pools, layout, ranks):
-    result = check(pools, ranks, Case(layout=layout, shapes="columns", wide_on_columns=True))
+    result = check(pools, ranks, layout=layout, shapes="columns", wide_on_columns=True)
     assert result["moved"] == 0
-    by_rows = check(pools, ranks, Case(layout=layout, shapes="columns"))
+    by_rows = check(pools, ranks, layout=layout, shapes="columns")
     assert by_rows["moved"] > 0 or (layout, ranks) == ("hsdp", 2)  # there a copy of the model is on one rank
 
 
@@ -84,29 +97,32 @@ def test_wide_matrices_sharded_by_columns_move_nothing(pools, layout, ranks):
         # Odd ranks have no gradient of a parameter: it counts as zero there, and nobody waits for anybody.
         pytest.param({"layout": "fsdp2", "dropped": "layers.1.0.weight"}, id="fsdp2-none-on-some-ranks"),
         # Layer 0 has no gradient in the first steps: unborn on every rank alike.
-        pytest.param({"layout": "fsdp2", "silent": 3, "steps": 14}, id="fsdp2-unborn-then-born"),
-        pytest.param({"layout": "zero3", "silent": 3, "steps": 14}, id="zero3-unborn-then-born"),
+        pytest.param({"layout": "fsdp2", "silent": 3, "steps": 10}, id="fsdp2-unborn-then-born"),
+        pytest.param({"layout": "zero3", "silent": 3, "steps": 10}, id="zero3-unborn-then-born"),
     ],
 )
 def test_variants(pools, ranks, settings):
     # A random basis leaves more entries of R near zero, where Adam's quotient amplifies the rounding of fp32.
-    check(pools, ranks, Case(**settings), tolerance=2e-5 if settings.get("selection") == "random" else 1e-5)
+    check(pools, ranks, tolerance=2e-5 if settings.get("selection") == "random" else 1e-5, **settings)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_a_free_running_trajectory_is_the_same_everywhere(pools, ranks):
+@pytest.mark.parametrize("layout", MANY_RANKS)
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_free_running_trajectory_is_the_same_everywhere(pools, ranks, layout):
     """References with gradients of their own: the same run under every framework, whatever delivered the gradient."""
-    for layout in MANY_RANKS:
-        result = pools(ranks).run(run_case, Case(layout=layout), with_free=True)[0]
-        assert result["free_deviation"] < 1e-5, layout
-    for layout in ("ddp", "fsdp2", "hsdp"):
+    result = pools(ranks).run(run_case, Case(layout=layout), with_free=True)[0]
+    assert result["free_deviation"] < 1e-5
+    if layout in ("ddp", "fsdp2", "hsdp"):
         result = pools(ranks).run(run_case, Case(layout=layout, dtype="fp64"), with_free=True)[0]
-        assert result["free_deviation"] < 1e-12, layout
+        # torch 2.9.1 clips DTensors by a norm that is 1e-9 off; without clipping it is at 1e-14, too.
+        off = layout == "fsdp2" and torch.__version__.startswith("2.9.")
+        assert result["free_deviation"] < (1e-8 if off else 1e-12)
 
 
 @pytest.mark.parametrize("layout", ["ddp", "zero3", "fsdp2", "hsdp"])
 def test_the_same_run_twice_is_bitwise_the_same(pools, layout):
-    first, second = (pools(4).run(_weights, Case(layout=layout, steps=6)) for _ in range(2))
+    ranks = 4 if layout == "hsdp" else 3
+    first, second = (pools(ranks).run(_weights, brief(ranks, layout=layout)) for _ in range(2))
     assert first == second
 
 

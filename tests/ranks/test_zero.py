@@ -6,11 +6,13 @@ import hashlib
 import tempfile
 import warnings
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from cases import Case, build_model, run_case
+from cases import Case, brief, build_model, run_case
 from equivalence import BF16_OPTIMIZER, OVERLAP, PLAIN_COMM
 from harness import deepspeed_config, start
 from rank_pool import RankError
@@ -18,19 +20,22 @@ from rank_pool import RankError
 import ds_lowrank
 from ds_lowrank.optimizer import STATE_KEY
 
+RELEASE = tuple(int(part) for part in version("deepspeed").split(".")[:2])
+SHARDED_THERE = pytest.mark.skipif(RELEASE in ((0, 17), (0, 18)), reason="refused: DeepSpeed does not shard there")
 
-def check(pools, ranks: int, case: Case, tolerance: float = 1e-5) -> dict:
-    results = pools(ranks).run(run_case, case, with_free=False)
+
+def check(pools, ranks: int, tolerance: float = 1e-5, **settings: Any) -> dict:
+    results = pools(ranks).run(run_case, brief(ranks, **settings), with_free=False)
     assert results[0]["deviation"] < tolerance
     assert all(r["ranks_equal"] and r["model_equal"] for r in results)
     return results[0]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"layout": "zero1", "dtype": "bf16", **BF16_OPTIMIZER}, id="bf16-optimizer"),
+        pytest.param({"layout": "zero1", "dtype": "bf16", **BF16_OPTIMIZER}, id="bf16-optimizer", marks=SHARDED_THERE),
         pytest.param({"dtype": "bf16", "offload": True}, id="zero2-offload"),
         pytest.param({"layout": "zero1", "offload": True}, id="zero1-offload"),
         pytest.param({"dtype": "bf16", **PLAIN_COMM}, id="scattered-gradients"),
@@ -40,24 +45,24 @@ def check(pools, ranks: int, case: Case, tolerance: float = 1e-5) -> dict:
         pytest.param({"selection": "uniform", "proj_type": "reverse_std"}, id="reverse-side"),
         pytest.param({"accumulation": 1, "clip": 0.0, "weight_decay": 0.0}, id="no-accumulation-clip-decay"),
         # Layer 0 has no gradient in the first steps: unborn on every rank alike, also where it is cut.
-        pytest.param({"silent": 3, "steps": 14}, id="unborn-then-born"),
+        pytest.param({"silent": 3, "steps": 10}, id="unborn-then-born"),
     ],
 )
 def test_variants(pools, ranks, settings):
     # A random basis leaves more entries of R near zero, where Adam's quotient amplifies the rounding of fp32.
-    result = check(pools, ranks, Case(**settings), tolerance=2e-5 if settings.get("selection") == "random" else 1e-5)
+    result = check(pools, ranks, tolerance=2e-5 if settings.get("selection") == "random" else 1e-5, **settings)
     assert result["shared"] > 0
 
 
 def test_nothing_is_cut_or_sent_when_layers_divide_by_ranks(pools):
     for ranks, layers in ((2, 4), (3, 3), (4, 4)):
-        result = check(pools, ranks, Case(shapes="even", layers=layers))
+        result = check(pools, ranks, shapes="even", layers=layers)
         assert result["shared"] == 0
         assert sum(result["sent"].values()) == 0
 
 
 def test_the_same_run_twice_is_bitwise_the_same(pools):
-    case = Case(shapes="small")
+    case = brief(3)
     first, second = pools(3).run(_fingerprint, case), pools(3).run(_fingerprint, case)
     assert first == second
 
@@ -77,7 +82,7 @@ def _fingerprint(case: Case) -> str:
     [
         pytest.param({"layout": "zero1"}, id="zero1"),
         pytest.param({"layout": "zero2"}, id="zero2"),
-        pytest.param({"layout": "zero1", **BF16_OPTIMIZER}, id="bf16-optimizer"),
+        pytest.param({"layout": "zero1", **BF16_OPTIMIZER}, id="bf16-optimizer", marks=SHARDED_THERE),
         pytest.param({"offload": True}, id="zero2-offload"),
         pytest.param({"layout": "zero3"}, id="zero3"),
     ],
@@ -85,7 +90,7 @@ def _fingerprint(case: Case) -> str:
 def test_deepspeeds_own_checkpoint_resumes_bitwise(pools, settings):
     """On the same number of ranks: state under a string key is neither cast nor lost."""
     with tempfile.TemporaryDirectory() as folder:
-        results = pools(3).run(_save_and_resume, Case(dtype="bf16", **settings), folder)
+        results = pools(3).run(_save_and_resume, brief(3, dtype="bf16", **settings), folder)
     assert all(resumed == straight for straight, resumed in results)
 
 
@@ -96,9 +101,9 @@ def _save_and_resume(case: Case, folder: str) -> tuple[str, str]:
         if resume:
             engine.load_checkpoint(folder)
         else:
-            _train(engine, case, range(5))
+            _train(engine, case, range(4))
             engine.save_checkpoint(folder)
-        _train(engine, case, range(5, 11))
+        _train(engine, case, range(4, 7))
         digest = hashlib.sha256()
         for name in sorted(optimizer.layout.pieces):
             digest.update(optimizer.layout.weight(name).detach().numpy().tobytes())
