@@ -66,7 +66,9 @@ class DataArguments:
     validation_file: str | None = HfArg(
         default=None, help="local validation corpus; default: a share of --train_file is held out"
     )
-    token_dtype: str = HfArg(default="uint16", help="of a token in a .bin file", metadata={"choices": TOKEN_DTYPES})
+    token_dtype: str | None = HfArg(
+        default=None, help="of a token in a .bin file; default: uint16", metadata={"choices": TOKEN_DTYPES}
+    )
     text_column: str = HfArg(default="text", help="column that holds the text of a document")
     validation_share: float = HfArg(
         default=0.05, help="share of the documents held out where there is no validation split"
@@ -102,6 +104,8 @@ class DataArguments:
             raise ValueError("--validation_file: give tokens for both splits, or text for both")
         if self.train_file and is_tokens(self.train_file):
             self._check_tokens()
+        if self.token_dtype and not (self.train_file or "").endswith(".bin"):
+            raise ValueError("--token_dtype is for --train_file tokens.bin: leave it out")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"--validation_share must lie between 0 and 1, got {self.validation_share}")
         for flag, least in (("vocab_size", 300), ("max_length", 2), ("eval_sequences", 1)):
@@ -282,7 +286,7 @@ class PretrainArguments(TrainingArguments):
             warmup = max(1, round(warmup * self.max_steps))
         if 0 < warmup < 1 and "warmup_ratio" in _BASE_FIELDS:  # transformers < 5: steps are whole
             self.warmup_ratio, warmup = warmup, 0
-        self.warmup_steps = int(warmup) if warmup >= 1 else warmup
+        self.warmup_steps = int(warmup) if warmup == int(warmup) else warmup  # transformers 4 refuses 0.0
 
 
 class _Parser(HfArgumentParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import sysconfig
 from collections.abc import Iterator
@@ -96,6 +97,7 @@ def _read_files(flag: str, kind: str, files: list[str], streaming: bool) -> Docu
 
     A stream's first file tells its columns: where it is broken another one does, and the stream passes over it later.
     """
+    files, names = [glob.escape(file) for file in files], files  # they are names here, and patterns there
     options: dict[str, Any] = {"sample_by": "paragraph"} if kind == "text" else {}
     options.update(split="train", streaming=streaming)
     first: BaseException | None = None
@@ -106,8 +108,9 @@ def _read_files(flag: str, kind: str, files: list[str], streaming: bool) -> Docu
             return load_dataset(kind, data_files=files, **options)
         except Exception as error:  # whatever a format's reader or a decompressor makes of broken bytes
             first = first or error.__cause__ or error
-    told = files[0] if len(files) == 1 else f"{'all' if streaming else 'one'} of {len(files)} files, {files[0]} and on,"
-    raise ValueError(f"--{flag}: {told} cannot be read: {type(first).__name__}: {first}") from first
+    told = names[0] if len(names) == 1 else f"{'all' if streaming else 'one'} of {len(names)} files, {names[0]} and on,"
+    why = f"{type(first).__name__}: {first}"
+    raise ValueError(f"--{flag}: {told} cannot be read: {why}. Replace or leave out broken files") from first
 
 
 def _hub_corpus(args: DataArguments) -> Corpus:

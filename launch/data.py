@@ -25,7 +25,7 @@ from datasets import Dataset, load_from_disk
 from files import file_identity, is_tokens
 from stream import PackedStream, readable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokens import TokenFile, all_long, arrow_files, join_documents, open_arrow, open_bin
+from tokens import TokenFile, all_long, arrow_files, held_rows, join_documents, open_arrow, open_bin
 from torch.utils.data import Subset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -273,6 +273,9 @@ def _load_tokens(args: DataArguments) -> PackedData:
         train, validation = open_bin(args, size, end)
     else:
         train, validation = open_arrow(args)
+        if validation is None:
+            held = _held_rows(args, train)
+            train, validation = (train.select(np.flatnonzero(rows)) for rows in (~held, held))
         if not (all_long(train, args.max_length) and all_long(validation, args.max_length)):
             train, validation = _load_joined(args, train, validation, end, size)
     for split, rows in (("train", train), ("validation", validation)):
@@ -283,11 +286,24 @@ def _load_tokens(args: DataArguments) -> PackedData:
     return PackedData(tokenizer, train.with_format("numpy"), validation.select(some).with_format("numpy"))
 
 
+def _held_rows(args: DataArguments, documents: Dataset) -> np.ndarray:
+    """See :func:`tokens.held_rows`; kept in the cache, as every process needs them at every start."""
+    folder = _cache_folder(args, _arrow_identity(args), "held out")
+    if not folder.is_dir():
+        print(f"holding rows out of the corpus; kept in {folder}", flush=True)
+        with _published(folder) as building:
+            np.save(building / "held.npy", held_rows(documents, args.validation_share))
+    return np.load(folder / "held.npy")
+
+
+def _arrow_identity(args: DataArguments) -> list[Any]:
+    files = [arrow_files(path) for path in (args.train_file, args.validation_file) if path]
+    return ["arrow", [[file_identity(f) for f in group] for group in files]]
+
+
 def _load_joined(args: DataArguments, train: Dataset, validation: Dataset, end: int, size: int) -> list[Dataset]:
     """Documents of tokens, joined and cut; kept in the cache."""
-    files = [arrow_files(path) for path in (args.train_file, args.validation_file) if path]
-    identity = ["arrow", [[file_identity(f) for f in group] for group in files], end, size]
-    folder = _cache_folder(args, identity, args.max_length)
+    folder = _cache_folder(args, [*_arrow_identity(args), end, size], args.max_length)
     if not folder.is_dir():
         print(f"joining and cutting the corpus; kept in {folder}", flush=True)
         with _published(folder) as building:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import datasets
@@ -30,18 +31,27 @@ def readable(documents: datasets.Dataset | datasets.IterableDataset, names: Sequ
         yield from (row["text"] for row in documents if isinstance(row["text"], str))
         return
     for index in range(documents.n_shards):
-        reader = iter(documents.shard(documents.n_shards, index))
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                break
-            except Exception as error:  # as below
-                name = names[index] if names else f"shard {index} of {documents.n_shards}"
-                warnings.warn(f"{name} cannot be read any further: {_short(error)}", stacklevel=2)
-                break
-            if isinstance(row["text"], str):
-                yield row["text"]
+        name = names[index] if names else f"shard {index} of {documents.n_shards}"
+
+        def warn(error: Exception, name: str = name) -> None:
+            warnings.warn(f"{name} cannot be read any further: {_short(error)}", stacklevel=2)
+
+        yield from _texts(documents.shard(documents.n_shards, index), warn)
+
+
+def _texts(shard: datasets.IterableDataset, broken: Callable[[Exception], None]) -> Iterator[str]:
+    """Texts of a shard as far as it can be read; where that is not its end, ``broken`` is called."""
+    reader = iter(shard)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except Exception as error:  # whatever a format's reader or a file system makes of broken bytes
+            broken(error)
+            return
+        if isinstance(row["text"], str):
+            yield row["text"]
 
 
 class PackedStream(IterableDataset):
@@ -119,12 +129,15 @@ class PackedStream(IterableDataset):
             row: how many of the stream's rows have been used; a data loader may have read some more.
 
         Raises:
-            ValueError: the row was not given out yet, or too long ago.
+            ValueError: the row has not been given out yet, or was long before the position that was loaded.
         """
-        for state in reversed([{**self._start, "buffer": list(self._start["buffer"])}, *self._states]):
+        if row > max(self._rows, self.first_row):
+            raise ValueError(f"row {row} of the stream has not been given out: {self._rows} rows have")
+        # Where the last states reach back less far than that, rows are read again from the beginning of this run.
+        for state in reversed([self._start, *self._states]):
             if state["rows"] <= row:
                 return {**state, "ahead": row - state["rows"], "identity": self.identity}
-        raise ValueError(f"row {row} of the stream was given out before its first")
+        raise ValueError(f"row {row} of the stream lies before what is known of it, row {self._start['rows']}")
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_at` was.
@@ -139,7 +152,7 @@ class PackedStream(IterableDataset):
                 "tokenizer, --max_length, --text_column and --validation_share have to be the same"
             )
         self._start = {key: value for key, value in state.items() if key not in ("ahead", "identity")}
-        self._ahead = state["ahead"]
+        self._ahead, self._rows = state["ahead"], state["rows"]
         self._states.clear()
         self.skipped = dict(state["skipped"])
 
@@ -236,18 +249,9 @@ class PackedStream(IterableDataset):
             self._current = shard
             if self._shard_state is not None:
                 shard.load_state_dict(self._shard_state)
-            reader = iter(shard)
-            while True:
-                try:
-                    row = next(reader)
-                except StopIteration:
-                    break
-                except Exception as error:  # whatever a format's reader or a file system makes of broken bytes
-                    self._skip(index, error)
-                    break
-                if isinstance(row["text"], str):
-                    self._documents += 1
-                    yield row["text"]
+            for text in _texts(shard, partial(self._skip, index)):
+                self._documents += 1
+                yield text
             self._place, self._shard_state, self._current = self._place + 1, None, None
         if not self._documents and self._whole_shards and self._world_size > 1:
             warnings.warn(f"rank {self._rank} can read none of its {len(order)} shards: it reads of all", stacklevel=2)
@@ -257,6 +261,7 @@ class PackedStream(IterableDataset):
             raise ValueError(
                 f"no document could be read in a whole pass over {len(order)} shards"
                 + "".join(f"; {name}: {error}" for name, error in [*self.skipped.items()][:1])
+                + ". Look at the files of --train_file (or at the connection) and at --text_column"
             )
 
     def _skip(self, index: int, error: Exception) -> None:

@@ -75,7 +75,7 @@ def open_bin(args: DataArguments, vocabulary: int, end: int) -> tuple[TokenFile,
         end: the token behind a document, at which a file is cut in two.
     """
     assert args.train_file is not None
-    one = (args.token_dtype, args.max_length, vocabulary)
+    one = (args.token_dtype or "uint16", args.max_length, vocabulary)
     if args.validation_file:
         return TokenFile(args.train_file, *one), TokenFile(args.validation_file, *one)
     whole = TokenFile(args.train_file, *one).tokens
@@ -89,22 +89,24 @@ def open_bin(args: DataArguments, vocabulary: int, end: int) -> tuple[TokenFile,
     return TokenFile(args.train_file, *one, stop=cut), TokenFile(args.train_file, *one, start=cut)
 
 
-def open_arrow(args: DataArguments) -> tuple[Dataset, Dataset]:
-    """Documents or rows ``input_ids`` of both splits, held out by their tokens where there is no validation split.
-
-    Nothing is copied.
-    """
-    train = _open("train_file", args.train_file, "train")
+def open_arrow(args: DataArguments) -> tuple[Dataset, Dataset | None]:
+    """Documents or rows ``input_ids`` of both splits, not copied; ``None`` where there is no validation split."""
+    documents, validation = _open("train_file", args.train_file, "train")
     if args.validation_file:
-        return train[0], _open("validation_file", args.validation_file, "validation")[0]
-    documents, validation = train
-    if validation is not None:
-        return documents, validation
-    held: dict[bool, list[int]] = {False: [], True: []}
-    for index, row in enumerate(documents.with_format("numpy")):
-        key = np.asarray(row["input_ids"], np.int64).tobytes()
-        held[held_out(key, args.validation_share)].append(index)
-    return documents.select(held[False]), documents.select(held[True])
+        return documents, _open("validation_file", args.validation_file, "validation")[0]
+    return documents, validation
+
+
+def held_rows(documents: Dataset, share: float) -> np.ndarray:
+    """Which rows are held out by their tokens, bool."""
+    held: list[bool] = []
+    # In Arrow's own batches: row by row it takes six times as long.
+    for batch in documents.with_format("arrow").iter(batch_size=1000):
+        rows = batch["input_ids"]
+        tokens = np.asarray(pc.list_flatten(rows), np.int64)
+        ends = np.cumsum(np.asarray(pc.list_value_length(rows), np.int64))
+        held.extend(held_out(row.tobytes(), share) for row in np.split(tokens, ends[:-1]))
+    return np.asarray(held, bool)
 
 
 def all_long(documents: Dataset, length: int) -> bool:

@@ -5,6 +5,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import fsspec
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
@@ -135,6 +136,23 @@ def test_formats_give_the_same_sequences(tmp_path, jsonl, kind):
     assert [row["input_ids"].tolist() for row in packed.train] == [row.tolist() for row in rows]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "xz", "bz2"])
+def test_compressed_files_in_a_folder_with_any_name(tmp_path, compression, streaming):
+    folder = tmp_path / "c4 [v2]*"
+    folder.mkdir()
+    ending = {"gzip": "gz", "zstd": "zst"}.get(compression, compression)
+    for shard in range(2):
+        with fsspec.open(
+            f"file://{folder}/{shard}.jsonl.{ending}", "wt", compression=compression, expand=False
+        ) as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS[shard::2])
+    packed = load_data(arguments(tmp_path, train_file=str(folder), streaming=streaming))
+    rows = list(islice(packed.train, 5))
+    assert len(rows) == 5
+    assert documents_of(rows, packed.tokenizer) <= set(TEXTS)
+
+
 def test_second_load_reads_the_cache(tmp_path, jsonl, monkeypatch):
     args = arguments(tmp_path, train_file=str(jsonl))
     first = load_data(args)
@@ -230,6 +248,13 @@ def test_bad_command_line(argv, message):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         parse_arguments([*argv, *([] if "--total_batch_size" not in argv else ["--batch_size", "8"])])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "steps"), [("0", 0), ("7", 7), ("0.25", 10)])
+def test_warmup_is_in_whole_steps_as_transformers_4_wants_them(tmp_path, given, steps):
+    args = parse_arguments(f"--warmup_steps {given} --max_steps 40 --output_dir {tmp_path} --report_to none".split())[3]
+    assert type(args.warmup_steps) is int
+    assert args.warmup_steps == steps
 
 
 def test_galore_names_are_understood(tmp_path):

@@ -52,6 +52,19 @@ def rows(one, count):
     return [tuple(row["input_ids"]) for row in islice(one, count)]
 
 
+def test_a_position_is_one_that_was_reached(files, tokenizer):
+    one = stream(files, tokenizer)
+    rows(one, 10)
+    again = stream(files, tokenizer)
+    again.load_state(one.state_at(10))
+    for reader in (one, again):
+        with pytest.raises(ValueError, match="row 1000 of the stream has not been given out"):
+            reader.state_at(1000)
+    again.load_state({**one.state_at(10), "rows": 8, "ahead": 2})
+    with pytest.raises(ValueError, match="lies before what is known of it, row 8"):
+        again.state_at(5)
+
+
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("at", [0, 1, 63, 64, 65, 200, 333])
 def test_it_goes_on_behind_any_row(files, tokenizer, tmp_path, at, filtered):

@@ -119,6 +119,8 @@ def test_foreign_tokens_are_refused(tmp_path, tokenizer):
     (tmp_path / "odd.bin").write_bytes(b"abc")
     with pytest.raises(ValueError, match="3 bytes are no tokens of uint16: give another --token_dtype"):
         load_data(arguments(tmp_path, tokenizer, train_file=str(tmp_path / "odd.bin")))
+    with pytest.raises(ValueError, match=r"--token_dtype is for --train_file tokens\.bin"):
+        DataArguments(train_file=str(tmp_path / "b"), tokenizer_name="t5-base", token_dtype="uint32")
     with pytest.raises(ValueError, match="is tokens: say of which tokenizer"):
         DataArguments(train_file=str(tmp_path / "a.bin"))
     Dataset.from_dict({"ids": [[1]]}).save_to_disk(tmp_path / "c")
