@@ -1,5 +1,6 @@
 # The environment of a multi-node job: the one place to fit to your cluster. Sourced by the batch scripts on the first
-# node, where slurm's variables are set; srun carries what is exported here to every node.
+# node, where slurm's variables are set; srun carries what is exported here to every node (--export=ALL, also where the
+# job itself was submitted without the environment).
 
 # ---- Python ----
 # The environment that holds ds_lowrank, on a file system that all nodes see; that of `make` unless VENV names another.
@@ -13,7 +14,11 @@ export GPUS_PER_NODE="${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
 # Ranks meet at the first node, at the address by which slurm itself reaches it: names need not resolve.
 if [ -z "${MASTER_ADDR:-}" ]; then
   read -r HEAD_NODE <<<"$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
-  MASTER_ADDR="$(scontrol show node --oneliner "$HEAD_NODE" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)"
+  MASTER_ADDR="$(scontrol show node --oneliner "$HEAD_NODE" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)" || true
+  if [ -z "$MASTER_ADDR" ]; then
+    echo "error: scontrol does not tell the address of $HEAD_NODE: set MASTER_ADDR" >&2
+    exit 2
+  fi
 fi
 export MASTER_ADDR
 # Two jobs may share a node: each has a port of its own.
@@ -30,7 +35,8 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 # ---- processors ----
 # Threads of a rank: its share of the node's processors, otherwise every rank would start one for each of them.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( (${SLURM_CPUS_ON_NODE:-1} + GPUS_PER_NODE - 1) / GPUS_PER_NODE ))}"
-export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"  # data loader processes are forked
+# Tokenizers take as many; where data loader processes are forked, they turn that off by themselves.
+export RAYON_NUM_THREADS="${RAYON_NUM_THREADS:-$OMP_NUM_THREADS}"
 
 # ---- caches ----
 # Compiled kernels lie on each node's own disk: locks on a network file system make starts hang. Downloads and tokenized

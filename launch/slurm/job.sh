@@ -29,7 +29,12 @@ if [ -n "${SWEEP:-}" ]; then
     echo "error: $SWEEP has no line $SLURM_ARRAY_TASK_ID: submit with --array=1-$(grep -c . "$SWEEP")" >&2
     exit 2
   fi
-  read -r -a swept <<<"$line"
+  # Quotes count as in a shell, and nothing else does.
+  flags="$(xargs -n 1 printf '%s\n' <<<"$line")" || {
+    echo "error: line $SLURM_ARRAY_TASK_ID of $SWEEP cannot be taken apart: $line" >&2
+    exit 2
+  }
+  mapfile -t swept <<<"$flags"
   arguments+=("${swept[@]}")
 fi
 
@@ -39,12 +44,14 @@ number="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY
 # code into 1.
 mkdir -p runs
 export DS_LOWRANK_PREEMPTED_FILE="$PWD/runs/.preempted-$number"
-step=(srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1
+# One task a node that starts all its ranks: it has all of the node's processors, whatever the cluster binds tasks to.
+step=(srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL
+  --cpu-bind=none
   bash launch/slurm/node.sh "$LAUNCHER" "${SCRIPT:-launch/pretrain.py}" "${DEFAULTS[@]}"
   --run_name "$SLURM_JOB_NAME-$number" --resume "${arguments[@]}")
 
 if [ -n "$dry_run" ]; then
-  env | grep -E '^(VIRTUAL_ENV|GPUS_PER_NODE|MASTER_|NCCL_|GLOO_|TORCH|OMP_|TOKENIZERS|TRITON|DS_LOWRANK)' | sort
+  env | grep -E '^(VIRTUAL_ENV|GPUS_PER_NODE|MASTER_|NCCL_|GLOO_|TORCH|OMP_|RAYON|TRITON|DS_LOWRANK)' | sort
   printf '%q ' "${step[@]}"
   echo
   exit 0

@@ -65,6 +65,13 @@ def test_a_job_that_left_a_checkpoint_is_queued_again_by_its_own_number(job, slu
     assert f"job {number}: preempted with a checkpoint" in told
 
 
+def test_a_node_without_an_address_is_told(job, tmp_path):
+    (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\n[ $2 = hostnames ] && echo node-1\n")
+    code, told, queued = job("", 0, SLURM_JOB_ID="12")
+    assert (code, queued) == (2, [])
+    assert "scontrol does not tell the address of node-1: set MASTER_ADDR" in told
+
+
 @pytest.mark.parametrize(
     ("leaves", "code", "state"), [("", 1, "RUNNING"), ("", 0, "RUNNING"), ("yes", 75, "CANCELLED")]
 )

@@ -1,10 +1,10 @@
-"""A slurm of two nodes on one machine: munged, slurmctld and two slurmd of Debian's ``slurm-wlm`` and ``munge``.
+"""A slurm of two nodes or more on one machine: munged, slurmctld and slurmds of Debian's ``slurm-wlm`` and ``munge``.
 
     python tests/integration/slurm/cluster.py FOLDER COMMAND...
 
-starts it in an empty folder, runs the command with it (``sbatch``, ``squeue``, a shell) and ends it. Nothing outside
-the folder is touched, and any user may run it. The nodes, ``node-1`` and ``node-2``, have a processor each; partition
-``low`` (the default) is preempted by ``high``, with 60 seconds for a checkpoint.
+starts one of two nodes in an empty folder, runs the command with it (``sbatch``, ``squeue``, a shell) and ends it.
+Nothing outside the folder is touched, and any user may run it. The nodes, ``node-1`` and on, have a processor each;
+partition ``low`` (the default) is preempted by ``high``, with 60 seconds for a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import time
 from pathlib import Path
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
-SECONDS = 60.0
+SECONDS = 120.0
 GRACE = 60
 
 # Processes are found by their parents: cgroups are not to be had everywhere. Each node is a slurmd with a port and
 # folders of its own. A refused registration would drain a node for good, hence ReturnToService.
 CONFIGURATION = """\
-ClusterName=two
+ClusterName=small
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 SlurmUser={user}
@@ -52,14 +52,14 @@ SchedulerParameters=bf_interval=5,sched_interval=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
+MinJobAge=86400
 KillWait=30
 ReturnToService=2
 SlurmdParameters=config_overrides
-NodeName=node-1 NodeAddr=127.0.0.1 NodeHostname={host} Port={first} CPUs=1 RealMemory=1000
-NodeName=node-2 NodeAddr=127.0.0.1 NodeHostname={host} Port={second} CPUs=1 RealMemory=1000
-PartitionName=low Nodes=node-[1-2] Default=YES PriorityTier=1 GraceTime={grace} State=UP
-PartitionName=high Nodes=node-[1-2] PriorityTier=2 PreemptMode=OFF State=UP
+PartitionName=low Nodes=node-[1-{count}] Default=YES PriorityTier=1 GraceTime={grace} State=UP
+PartitionName=high Nodes=node-[1-{count}] PriorityTier=2 PreemptMode=OFF State=UP
 """
+NODE = "NodeName={name} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} CPUs=1 RealMemory=1000\n"
 
 
 def missing() -> str | None:
@@ -69,20 +69,24 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """Two nodes, started on entering and ended on leaving.
+    """Nodes of one processor each, started on entering and ended on leaving.
 
     Args:
         folder: empty, or not there yet; configuration, states and logs go there.
+        nodes: how many, ``node-1`` and on.
 
     Attributes:
         environment: variables with which slurm's commands find it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, nodes: int = 2) -> None:
         self.folder = folder.absolute()
+        self.names = [f"node-{number}" for number in range(1, nodes + 1)]
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
         for name in [name for name in self.environment if name.startswith("SLURM_") and name != "SLURM_CONF"]:
             del self.environment[name]
+        self.environment["GPUS_PER_NODE"] = "1"
+        self.environment["GLOO_SOCKET_IFNAME"] = "lo"  # all nodes are this machine, whatever its name resolves to
         self._daemons: list[subprocess.Popen] = []
 
     def __enter__(self) -> Cluster:
@@ -92,15 +96,17 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
-        controller, first, second = _free_ports(3)
+        controller, *ports = _free_ports(1 + len(self.names))
+        host = socket.gethostname().split(".")[0]
+        nodes = [NODE.format(name=name, host=host, port=port) for name, port in zip(self.names, ports)]
         (self.folder / "slurm.conf").write_text(
-            CONFIGURATION.format(
-                host=socket.gethostname().split(".")[0],
+            "".join(nodes)
+            + CONFIGURATION.format(
+                host=host,
                 user=getpass.getuser(),
                 folder=self.folder,
                 controller=controller,
-                first=first,
-                second=second,
+                count=len(nodes),
                 grace=GRACE,
             )
         )
@@ -110,18 +116,24 @@ class Cluster:
             self._start("munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in files.items()))
             self._until(lambda: (self.folder / "munge.socket").exists(), "munged made no socket")
             self._start("slurmctld", "-D")
-            for name in ("node-1", "node-2"):
+            for name in self.names:
                 (self.folder / name).mkdir()
                 self._start("slurmd", "-D", "-N", name)
-            self._until(lambda: self.run("sinfo", "-h", "-t", "idle", "-p", "low", "-o", "%D") == "2", "no two nodes")
+            count = str(len(self.names))
+            self._until(lambda: self.run("sinfo", "-h", "-t", "idle", "-p", "low", "-o", "%D") == count, "no nodes")
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if len(self._daemons) > 1:
-            self.run("scancel", "--user", getpass.getuser(), check=False)
+        try:
+            if len(self._daemons) > 1:
+                self.run("scancel", "--user", getpass.getuser(), check=False)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in reversed(self._daemons):
@@ -133,9 +145,12 @@ class Cluster:
 
     def run(self, *command: str | Path, cwd: Path | None = None, check: bool = True) -> str:
         """What one of slurm's commands prints."""
-        done = subprocess.run(
-            command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
+        try:
+            done = subprocess.run(
+                command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{command} did not answer within {SECONDS:.0f} s") from error
         if check and done.returncode:
             raise RuntimeError(f"{command} ended with {done.returncode}: {done.stderr}")
         return done.stdout.strip()

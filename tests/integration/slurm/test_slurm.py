@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from cluster import Cluster, missing
+from jobs import SCRIPTS, Job, same_weights
 from launching import ROOT, flags
 from safetensors.torch import load_file
 
 from ds_lowrank import manifest
 
-PATIENCE = 300.0
 STEPS = {"max_steps": 14, "update_proj_gap": 3, "lr": 0.01, "batch_size": 2, "report_to": "none", "save_every": 5}
-SCRIPTS = {name: ROOT / "launch" / "slurm" / f"pretrain_{name}.sbatch" for name in ("deepspeed", "fsdp2")}
 
 pytestmark = [
     pytest.mark.launcher,
@@ -30,53 +27,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
     with Cluster(tmp_path_factory.mktemp("slurm")) as one:
-        one.environment["GPUS_PER_NODE"] = "1"
-        one.environment["GLOO_SOCKET_IFNAME"] = "lo"  # both nodes are this machine, whatever its name resolves to
         yield one
-
-
-class Job:
-    """A job of two nodes with a rank each."""
-
-    def __init__(self, cluster: Cluster, script: Path, *argv: str, options: tuple[str, ...] = ()):
-        self.cluster = cluster
-        self.log = cluster.folder / f"{script.stem}-{time.monotonic_ns()}.txt"
-        wanted = ["--parsable", f"--output={self.log}", "--gpus-per-node=0", "--time=10", *options]
-        printed = cluster.run("sbatch", *wanted, str(script), *argv, cwd=ROOT)
-        self.number = int(printed.split(";")[0])
-
-    @property
-    def state(self) -> str:
-        return self.cluster.job(self.number)["JobState"]
-
-    @property
-    def restarts(self) -> int:
-        return int(self.cluster.job(self.number)["Restarts"])
-
-    def printed(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-    def until(self, condition) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            assert time.monotonic() < deadline, self.printed() + str(self.cluster.job(self.number))
-            time.sleep(0.2)
-
-    def wait(self) -> str:
-        """The state in which it ended."""
-        self._since = time.monotonic()
-        self.until(self._ended)
-        return self.state
-
-    def _ended(self) -> bool:
-        fields = self.cluster.job(self.number)
-        if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":
-            # slurm lets two minutes pass before it starts a job again.
-            self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now", check=False)
-        if fields["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
-            self._since = time.monotonic()
-        # A job that is being queued again passes through a final state.
-        return time.monotonic() - self._since > 5
 
 
 def pretrain(cluster: Cluster, workplace: Path, output: str, script: str = "deepspeed", **options) -> Job:
@@ -86,11 +37,6 @@ def pretrain(cluster: Cluster, workplace: Path, output: str, script: str = "deep
 
 def stepped(job: Job, times: int = 1) -> bool:
     return len(re.findall(r"step +\d+ ", job.printed())) >= times
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    here, there = (load_file(folder / "model.safetensors") for folder in (one, other))
-    return here.keys() == there.keys() and all(torch.equal(weight, there[name]) for name, weight in here.items())
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +100,7 @@ def test_a_run_that_fails_is_not_queued_again(cluster, workplace):
 
 def test_a_sweep_has_a_line_of_flags_for_each_task(cluster, tmp_path):
     sweep = tmp_path / "sweep.txt"
-    sweep.write_text("--lr 0.005 --rank 64\n--lr 0.01 --rank 128\n")
+    sweep.write_text("--lr 0.005 --rank 64\n--lr 0.01 --train_file 'a b/*.jsonl'\n")
     cluster.environment["SWEEP"] = str(sweep)
     try:
         job = Job(cluster, SCRIPTS["deepspeed"], "--dry-run", "--seed", "3", options=("--array=1-3",))
@@ -166,7 +112,7 @@ def test_a_sweep_has_a_line_of_flags_for_each_task(cluster, tmp_path):
     lines = sorted(re.findall(r"^srun .*$", job.printed(), re.MULTILINE))
     assert "--run_name pretrain-" in lines[0]
     assert lines[0].endswith(f"{job.number}_1 --resume --seed 3 --lr 0.005 --rank 64 ")
-    assert lines[1].endswith(f"{job.number}_2 --resume --seed 3 --lr 0.01 --rank 128 ")
+    assert lines[1].endswith(rf"{job.number}_2 --resume --seed 3 --lr 0.01 --train_file a\ b/\*.jsonl ")
 
 
 @pytest.mark.parametrize(("script", "launcher"), [("deepspeed", "deepspeed"), ("fsdp2", "torchrun")])
