@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 import ds_lowrank
@@ -78,6 +79,12 @@ def check_launch(args: Any) -> None:
         raise ValueError(
             "--fsdp_config needs a launcher: start this with `torchrun --nproc-per-node N launch/pretrain.py ...`, or "
             "leave --fsdp_config out to train in one process"
+        )
+    gpus = 0 if args.use_cpu else torch.cuda.device_count()
+    if not launched and gpus > 1:
+        raise ValueError(
+            f"one process sees {gpus} GPUs, on which the Trainer would copy the model (DataParallel): start this with "
+            f"`torchrun --nproc-per-node {gpus} launch/pretrain.py ...` or deepspeed, or set CUDA_VISIBLE_DEVICES"
         )
     if _is_true("ACCELERATE_USE_CPU") and args.deepspeed:
         raise ValueError(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from arguments import LowRankArguments, parse_arguments
-from sharding import check_checkpoints, read_config
+from sharding import check_checkpoints, check_launch, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 ZERO2, ZERO3, FSDP2 = (str(ROOT / "configs" / f"{name}.json") for name in ("zero2", "zero3", "fsdp2"))
@@ -52,6 +52,15 @@ def test_bad_configuration_file(tmp_path, source, changes, message):
     with pytest.raises(ValueError, match=r".") as caught:
         parse_arguments([flag, changed(tmp_path, source, **changes)])
     assert message in str(caught.value)
+
+
+def test_several_gpus_are_not_left_to_one_process(monkeypatch):
+    args = SimpleNamespace(deepspeed=None, fsdp=None, fsdp_config=None, use_cpu=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(ValueError, match="one process sees 4 GPUs"):
+        check_launch(args)
+    args.use_cpu = True
+    check_launch(args)
 
 
 def test_flags_win_over_the_block(tmp_path):
@@ -124,3 +133,19 @@ def test_resume(tmp_path, files, flags, ranks, message, monkeypatch):
     with pytest.raises(ValueError, match=r".") as caught:
         check_checkpoints(args, low_rank=False)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_accelerate_on_two_machines_starts_one_run(stage, monkeypatch):
+    """As docs/multi_node.md does: without a line of the file each machine would start a run of its own."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    started = []
+    monkeypatch.setattr("torch.distributed.run.run", started.append)
+    machines = ["--num_machines", "2", "--num_processes", "16", "--machine_rank", "1"]
+    head = ["--main_process_ip", "node-0", "--main_process_port", "29500"]
+    file = str(ROOT / "configs" / f"accelerate_{stage}.yaml")
+    launch_command(launch_command_parser().parse_args(["--config_file", file, *machines, *head, "launch/pretrain.py"]))
+    (run,) = started
+    assert (int(run.nnodes), int(run.node_rank), int(run.nproc_per_node)) == (2, 1, 8)
+    assert run.rdzv_endpoint == "node-0:29500"
