@@ -39,12 +39,11 @@ class CheckpointCallback(TrainerCallback):
     - After a save: the ranks bring the files to the disk and hash a share of them each, and rank 0 writes the marker.
       An error on one rank is raised on all of them.
     - SIGTERM and SIGUSR1: a checkpoint is written and training stops, on all ranks at the same step, whichever of them
-      got the signal: at the end of the step in one process, of the step after it on several ranks.
+      got the signal: at the end of the step in one process, of the step after it on several ranks. Rank 0 then writes
+      the checkpoint's path into the file that the environment variable ``DS_LOWRANK_PREEMPTED_FILE`` names: batch
+      scripts cannot go by the exit code, of which torchrun makes 1.
     - ``save_total_limit`` is taken over from the Trainer while it trains, whose own rotation runs before a checkpoint
       is complete.
-
-    - Then rank 0 writes the checkpoint's path into the file that the environment variable ``DS_LOWRANK_PREEMPTED_FILE``
-      names: batch scripts cannot go by the exit code, of which torchrun makes 1.
 
     A run that starts at a step below that of a complete checkpoint in its output directory is refused: the two would
     be mixed, and a later resume would take up the wrong one.

@@ -29,7 +29,6 @@ class LowRankModule(lightning.LightningModule):
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__()
-        self.save_hyperparameters()
         self.options = options
         shape = LlamaConfig(
             hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4, vocab_size=512

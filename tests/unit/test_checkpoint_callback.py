@@ -89,6 +89,15 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_the_same_step(tmp_path, numb
     assert signal.getsignal(number) == before
 
 
+def test_a_batch_script_is_told_where_the_checkpoint_of_a_preempted_run_lies(tmp_path, monkeypatch):
+    told = tmp_path / "told"
+    monkeypatch.setenv("DS_LOWRANK_PREEMPTED_FILE", str(told))
+    trainer(tmp_path / "whole", CheckpointCallback()).train()
+    assert not told.exists(), "nobody preempted it"
+    trainer(tmp_path / "run", CheckpointCallback(), At(2, kill())).train()
+    assert told.read_text() == f"{tmp_path / 'run' / 'checkpoint-3'}\n"
+
+
 @pytest.mark.parametrize("options", [{"save_strategy": "no"}, {"save_strategy": "no", "save_only_model": True}])
 def test_a_preempted_run_can_be_resumed_whatever_it_saves_otherwise(tmp_path, options):
     callback = CheckpointCallback()

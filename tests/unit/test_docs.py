@@ -43,7 +43,7 @@ def test_a_command_names_files_and_flags_that_exist(page, command):
     paths = [w for w in words if re.fullmatch(r"[\w./]+\.(py|json|yaml|sbatch|sh|md)", w) and w not in THEIRS]
     assert [path for path in paths if not (ROOT / path).exists()] == []
     if "launch/pretrain.py" in words or any(word.endswith(".sbatch") for word in words):
-        ours = next(i for i, word in enumerate(words) if word in ("launch/pretrain.py",) or word.endswith(".sbatch"))
+        ours = next(i for i, word in enumerate(words) if word == "launch/pretrain.py" or word.endswith(".sbatch"))
         parser = HfArgumentParser(
             (ModelArguments, DataArguments, LowRankArguments, PretrainArguments), allow_abbrev=False
         )
@@ -150,6 +150,16 @@ def _check(trainer: Trainer, folder: Path) -> None:
     assert [plan.name for plan in inner.plans] == ["inner.weight"]
     assert inner.param_groups[0]["initial_lr"] == 0.1
     assert (folder / "checkpoint-2" / "complete.json").is_file()
+
+
+def test_the_table_of_hardware_is_the_planners(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import hardware
+
+    page = (ROOT / "docs" / "hardware.md").read_text()
+    rows = hardware.rows()
+    assert len(rows) == len(re.findall(r"^\| llama_", page, re.MULTILINE))
+    assert [row for row in rows if row not in page] == []
 
 
 def _strings() -> list[str]:
