@@ -57,19 +57,14 @@ def main(argv: list[str]) -> int:
         return _refuse(error)
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.checkpoints.preempted:
-        return _leave(trainer)
-    metrics = finish(trainer, result.metrics, config)
-    if trainer.is_world_process_zero():
-        if skipped := metrics["skipped_shards"]:
-            shards = (
-                "1 shard could not be read to its end"
-                if len(skipped) == 1
-                else (f"{len(skipped)} shards could not be read to their ends")
-            )
-            print(f"{shards}: {next(iter(skipped))}, ... (skipped_shards in metrics.json)")
-        print(f"saved to {trainer.args.output_dir}")
-        print(f"validation perplexity: {metrics['perplexity']:.3f}", flush=True)
-    return 0
+        _say_preempted(trainer)
+    else:
+        _say_finished(trainer, finish(trainer, result.metrics, config))
+    # A launcher ends all ranks after the first. And a process group that is left to Python's shutdown can abort it: a
+    # thread of gloo may still let go of a tensor, for which it needs the interpreter.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return ds_lowrank.PREEMPTED_EXIT_CODE if trainer.checkpoints.preempted else 0
 
 
 def set_up(argv: list[str]) -> tuple[PretrainTrainer, ds_lowrank.LowRankConfig]:
@@ -230,15 +225,27 @@ def finish(
     return metrics
 
 
-def _leave(trainer: PretrainTrainer) -> int:
-    """End a preempted run: say what was saved, and nothing that would take time."""
+def _say_finished(trainer: PretrainTrainer, metrics: dict[str, Any]) -> None:
+    """Say which shards were not read to their ends, where the model is, and its perplexity."""
+    if not trainer.is_world_process_zero():
+        return
+    if skipped := metrics["skipped_shards"]:
+        count, ends = (len(skipped), "their ends") if len(skipped) > 1 else (1, "its end")
+        print(
+            f"{count} shard{'s' if count > 1 else ''} could not be read to {ends}: {next(iter(skipped))}, ... "
+            "(skipped_shards in metrics.json)"
+        )
+    print(f"saved to {trainer.args.output_dir}")
+    print(f"validation perplexity: {metrics['perplexity']:.3f}", flush=True)
+
+
+def _say_preempted(trainer: PretrainTrainer) -> None:
+    """Say what was saved, and nothing that would take time."""
     # Another signal, such as a launcher's to the ranks that are left, must not change the exit code any more.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if trainer.is_world_process_zero():
         saved, name = trainer.checkpoints.saved, trainer.checkpoints.preempted
         print(f"preempted by {name}: saved {saved}; the same command with --resume goes on with it", flush=True)
-    trainer.accelerator.wait_for_everyone()  # a launcher ends all ranks after the first
-    return ds_lowrank.PREEMPTED_EXIT_CODE
 
 
 def _whole_steps(train: Any, args: PretrainArguments) -> Any:

@@ -61,7 +61,7 @@ def same_end(folder, reference):
     assert all(torch.equal(loaded[name], weight) for name, weight in here.items())
 
 
-SLOW = ("accelerate_zero3", "accelerate_fsdp2")
+SLOW = ("zero2_offload", "fsdp2", "accelerate_zero3", "accelerate_fsdp2")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in RUNS])
@@ -83,7 +83,7 @@ def test_one_process_ends_where_zero2_ends(workplace, zero2_run, capfd):
     same_end(workplace / "one", zero2_run[0])
 
 
-@pytest.mark.parametrize("name", ["zero3", "fsdp2", "ddp"])
+@pytest.mark.parametrize("name", ["zero3", *[pytest.param(n, marks=pytest.mark.slow) for n in ("fsdp2", "ddp")]])
 def test_a_resumed_run_ends_bit_by_bit_where_it_would_have(run, workplace, name):
     whole, _ = run(name)
     printed = resumed(workplace, name, f"{name}_again", whole / "checkpoint-4")
