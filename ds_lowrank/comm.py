@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_lowrank.gloo import await_gloo_at_exit
 from ds_lowrank.layouts.base import Ranks
 
 T = TypeVar("T")
@@ -60,6 +61,8 @@ class Comm:
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.sent_bytes: Counter[str] = Counter()
+        if ranks.size > 1:
+            await_gloo_at_exit()
 
     def reset(self) -> None:
         """Forget the bytes counted so far."""

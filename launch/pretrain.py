@@ -60,8 +60,7 @@ def main(argv: list[str]) -> int:
         _say_preempted(trainer)
     else:
         _say_finished(trainer, finish(trainer, result.metrics, config))
-    # A launcher ends all ranks after the first. And a process group that is left to Python's shutdown can abort it: a
-    # thread of gloo may still let go of a tensor, for which it needs the interpreter.
+    # A launcher ends all ranks after the first.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return ds_lowrank.PREEMPTED_EXIT_CODE if trainer.checkpoints.preempted else 0

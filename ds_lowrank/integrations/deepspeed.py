@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ds_lowrank.config import LowRankConfig, load_json
+from ds_lowrank.gloo import await_gloo_at_exit
 from ds_lowrank.layouts import BF16_MASTER
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.param_groups import param_groups
@@ -183,14 +184,15 @@ def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, 
 
 
 def prepare_cpu() -> None:
-    """Make DeepSpeed start on a machine without an accelerator without compiling anything.
+    """Make DeepSpeed start on a machine without an accelerator without compiling anything, and ranks end there orderly.
 
     DeepSpeed's CPU backend builds a shared-memory extension at its first start (about a minute, and a C++ compiler);
-    gloo serves without it. Call before ``torch.distributed`` is initialised; does nothing where torch sees a GPU or
-    another accelerator.
+    gloo serves without it. Gloo's threads are waited for when the process ends (:mod:`ds_lowrank.gloo`). Call before
+    ``torch.distributed`` is initialised; does nothing where torch sees a GPU or another accelerator.
     """
     if torch.accelerator.is_available():
         return
+    await_gloo_at_exit()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
 

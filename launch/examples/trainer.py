@@ -68,7 +68,7 @@ def main() -> None:
     if newest and int(newest.name.split("-")[1]) >= args.steps:
         return  # the Trainer would make one step more
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    trainer.accelerator.end_training()  # a process group left to Python's shutdown can abort it
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

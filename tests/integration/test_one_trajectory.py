@@ -32,7 +32,7 @@ RUNS = {
 @pytest.fixture(scope="module")
 def run(workplace):
     """Runs by name, each started when it is first asked for."""
-    done = {}
+    done: dict[str, str | None] = {}
 
     def get(name):
         if name not in done:
@@ -40,7 +40,9 @@ def run(workplace):
             options = {**EIGHT_STEPS, **({"save_every": 4} if name in ("zero3", "fsdp2", "ddp") else {})}
             argv = [*(config(file) if file else []), *flags(workplace, name, **options)]
             script = FSDP_ON_CPU if name.endswith("fsdp2") else PRETRAIN
+            done[name] = None
             done[name] = launch(workplace, launcher, *argv, script=script)
+        assert done[name] is not None, f"the run of {name} has failed before"
         return workplace / name, done[name]
 
     return get
