@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from arguments import PretrainArguments
 from stream import PackedStream
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -18,7 +19,7 @@ class StreamPosition(TrainerCallback):
     """Writes where each rank's stream stands, and goes on there.
 
     On another number of ranks, whose shares are others, it leaves the stream to the Trainer, which reads as many
-    batches as were used and passes over them.
+    batches as were used and passes over them, or begins it anew with ``--ignore_data_skip``.
 
     Args:
         stream: what the Trainer trains on.
@@ -28,7 +29,7 @@ class StreamPosition(TrainerCallback):
         self.stream = stream
         self._first_step = 0
 
-    def resume(self, folder: str | None, args: TrainingArguments) -> None:
+    def resume(self, folder: str | None, args: PretrainArguments) -> None:
         """Before training: take up what this rank has left in a checkpoint. Sets ``args.ignore_data_skip``.
 
         Raises:
@@ -39,14 +40,13 @@ class StreamPosition(TrainerCallback):
         path = _file(Path(folder), args.process_index)
         saved = torch.load(path, weights_only=True) if path.is_file() else None
         if saved is None or saved["world_size"] != args.world_size:
+            again = "as much is read again and passed over, and of other ranks' shares some documents may come twice"
+            if args.ignore_data_skip:
+                self._first_step = args.resumed_step
+                again = "the stream begins anew (--ignore_data_skip), with documents that were read before"
             if args.process_index == 0:
                 before = "no position of the stream" if saved is None else f"positions of {saved['world_size']} ranks"
-                print(
-                    f"{folder} has {before}: on {args.world_size} ranks as much is read again and passed over, and of "
-                    "other ranks' shares some documents may come twice",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(f"{folder} has {before}: on {args.world_size} ranks {again}", file=sys.stderr, flush=True)
             return
         try:
             self.stream.load_state(saved["stream"])

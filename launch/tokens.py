@@ -162,6 +162,8 @@ def _open(flag: str, path: str | None, split: str) -> tuple[Dataset, Dataset | N
     for one in found:
         if one is not None and "input_ids" not in one.column_names:
             raise ValueError(f"--{flag} {path} has no column input_ids, only {', '.join(one.column_names)}")
+        if one is not None and (nulls := one.data.column("input_ids").null_count):
+            raise ValueError(f"--{flag} {path} has {nulls} rows without input_ids: filter them out and save it again")
     first, beside = (None if one is None else one.select_columns(["input_ids"]) for one in found)
     assert first is not None
     return first, beside

@@ -6,8 +6,8 @@
 #   TESTS="tests/ranks/test_zero.py" scripts/compat.sh ds-0.17   some of the tests; leaves the page as it is
 #   INSTALL=only scripts/compat.sh      make the environments and test nothing
 #
-# Environments and results lie in build/compat/. An environment that is complete is not made again, and it is removed
-# when its tests are done, unless KEEP is set.
+# Environments and results lie in build/compat/. One that is complete, for the same versions and dependencies, is not made
+# again, and it is removed when its tests are done, unless KEEP is set.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -54,14 +54,18 @@ make_environment() {  # with run_row's variables
   # torch first and alone: deepspeed's build asks for it.
   "$python" -m pip install --quiet --constraint "$results/$name.txt" torch${pinned:+==$torch} setuptools wheel >"$log" 2>&1 \
     && "$python" -m pip install --quiet --constraint "$results/$name.txt" --editable ".[test]" $pinned >>"$log" 2>&1 \
-    && touch "$venv/complete"
+    && echo "$wanted" >"$venv/complete"
 }
 
 run_row() {
   local name=$1 torch=$2 deepspeed=$3 transformers=$4 venv="$results/$1" log="$results/$1.log" tests="$results/$1.tests.log"
-  local python="$venv/bin/python" outcome=""
+  local python="$venv/bin/python" outcome="" commit changed wanted
+  # Before the tests: what is committed while they run, they have not tested.
+  commit="$(git describe --always --exclude '*')"
+  changed="$(git status --porcelain --untracked-files=no -- . ':!docs/compatibility.md')"  # this script writes that
+  wanted="$torch $deepspeed $transformers $(cat pyproject.toml constraints.txt | sha256sum)"
   echo "== $name: torch $torch, deepspeed $deepspeed, transformers $transformers"
-  if [ ! -f "$venv/complete" ]; then
+  if [ "$(cat "$venv/complete" 2>/dev/null)" != "$wanted" ]; then
     make_environment
     [ -f "$venv/complete" ] || outcome="not installed: $(grep -E 'ERROR|rror:' "$log" | head -n 1 | cut -c1-160)"
   fi
@@ -78,10 +82,8 @@ run_row() {
     [ -n "${TESTS:-}" ] \
       || grep -E '^(FAILED|ERROR) tests/' "$tests" | cut -d' ' -f2 | cut -d'[' -f1 | sort | uniq -c >"$results/$name.failed"
   fi
-  local row="$results/$name.row" commit changed
+  local row="$results/$name.row"
   [ -z "${TESTS:-}" ] || row="$results/$name.part"
-  commit="$(git describe --always --exclude '*')"
-  changed="$(git status --porcelain --untracked-files=no -- . ':!docs/compatibility.md')"  # this script writes that
   {
     echo -n "| $name | $("$python" -c 'import platform; print(platform.python_version())')"
     for package in torch deepspeed transformers accelerate; do echo -n " | $(version "$python" $package)"; done

@@ -43,6 +43,13 @@ def _environment() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process uses one: the Trainer would copy models to all, which launch/pretrain.py refuses."""
+    if torch.cuda.device_count() > 1:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
 

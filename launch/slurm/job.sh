@@ -25,17 +25,25 @@ if [ -n "${SWEEP:-}" ]; then
     exit 2
   fi
   line="$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP")"
-  if [ -z "$line" ]; then
+  if [ -z "${line//[[:space:]]/}" ]; then
     echo "error: $SWEEP has no line $SLURM_ARRAY_TASK_ID: submit with --array=1-$(grep -c . "$SWEEP")" >&2
     exit 2
   fi
-  # Quotes count as in a shell, and nothing else does.
-  flags="$(xargs -n 1 printf '%s\n' <<<"$line")" || {
+  # Quotes count as in a shell. What a shell would make of a backslash is not what a regular expression means by it.
+  flags="$(python3 - "$line" <<'PYTHON'
+import re, shlex, sys
+if "\\" in re.sub("'[^']*'", "", sys.argv[1]):
+    sys.exit("a value with a backslash has to stand in single quotes")
+try:
+    print(shlex.join(shlex.split(sys.argv[1])))
+except ValueError as error:
+    sys.exit(str(error))
+PYTHON
+  )" || {
     echo "error: line $SLURM_ARRAY_TASK_ID of $SWEEP cannot be taken apart: $line" >&2
     exit 2
   }
-  mapfile -t swept <<<"$flags"
-  arguments+=("${swept[@]}")
+  eval "arguments+=($flags)"  # every word is quoted
 fi
 
 # A job that is queued again has its number still, and with it its folder: --resume goes on there, or starts.

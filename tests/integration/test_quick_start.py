@@ -48,6 +48,7 @@ def test_every_step_works_as_written(tmp_path, workplace):
             "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
             "PYTHONPATH": str(project),
             "VENV": str(binaries.parent),
+            "MAKEFLAGS": "",  # of a `make test VENV=...` that runs this: it would win
         },
         capture_output=True,
         text=True,

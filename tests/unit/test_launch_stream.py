@@ -217,3 +217,28 @@ def test_the_trainers_steps_are_rows_of_the_stream(files, tokenizer, tmp_path):
     args.world_size, args.ignore_data_skip = 2, False
     StreamPosition(stream(files, tokenizer)).resume(folder, args)
     assert not args.ignore_data_skip
+
+
+def test_a_stream_that_begins_anew_has_positions_of_its_own(files, tokenizer, tmp_path, capsys):
+    """--ignore_data_skip on another number of ranks: the Trainer counts on, and the stream begins at its first row."""
+    args = SimpleNamespace(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        process_index=0,
+        world_size=2,
+        save_only_model=False,
+        ignore_data_skip=True,
+        resumed_step=100,
+    )
+    whole = rows(stream(files, tokenizer), 40)
+    one = stream(files, tokenizer)
+    position = StreamPosition(one)
+    (tmp_path / "checkpoint-100").mkdir()
+    position.resume(str(tmp_path / "checkpoint-100"), args)
+    assert "begins anew (--ignore_data_skip)" in capsys.readouterr().err
+    rows(one, 10)
+    position.on_save(args, SimpleNamespace(global_step=105), None)
+    again = stream(files, tokenizer)
+    StreamPosition(again).resume(str(tmp_path / "checkpoint-105"), args)
+    assert rows(again, 30) == whole[10:]

@@ -103,6 +103,14 @@ def test_rows_that_have_the_length_stay_as_they_are(tmp_path, tokenizer):
     assert list((tmp_path / "data").rglob("cache-*")) == []
 
 
+def test_rows_without_tokens_are_refused(tmp_path, tokenizer):
+    """One would shift which of the rows behind it are held out."""
+    rows = [list(range(5, 21))] * 3 + [None] + [list(range(30, 46))] * 3
+    Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "tokens")
+    with pytest.raises(ValueError, match=r"--train_file .*tokens has 1 rows without input_ids: filter them out"):
+        load_data(arguments(tmp_path, tokenizer, train_file=str(tmp_path / "tokens")))
+
+
 def test_foreign_tokens_are_refused(tmp_path, tokenizer):
     np.array([1, 2, 60000, 4] * 40, "uint16").tofile(tmp_path / "a.bin")
     with pytest.raises(ValueError, match=r"a\.bin has the token 60000, and --tokenizer_name's are 0 to 280"):

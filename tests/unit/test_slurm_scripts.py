@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import subprocess
 from pathlib import Path
@@ -77,3 +78,40 @@ def test_a_node_without_an_address_is_told(job, tmp_path):
 )
 def test_others_are_not(job, leaves, code, state):
     assert job(leaves, code, state, SLURM_JOB_ID="12")[::2] == (code, [])
+
+
+def sweep(tmp_path, line: str) -> tuple[int, str]:
+    """Exit code and output of a dry run of a sweep's first line."""
+    (tmp_path / "sweep.txt").write_text(line + "\n--lr 1\n")
+    environment = {**os.environ, "SWEEP": str(tmp_path / "sweep.txt"), "SLURM_ARRAY_TASK_ID": "1", "VENV": "nowhere"}
+    command = ["bash", str(SCRIPT), "--dry-run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--lr", "0.005", "--train_file", "a b/*.jsonl", "--run_name", "it's", "--lr_scheduler_kwargs", '{"a": 1}'],
+        ["--optim_target_modules", r".*layers\.[0-3]\..*"],
+        ["--lr", "$HOME", "`ls`", "$(ls)", "a;b", "#", "--cache_dir", ""],
+    ],
+)
+def test_a_line_of_a_sweep_is_its_words(tmp_path, words):
+    code, printed = sweep(tmp_path, shlex.join(words))
+    assert code == 0
+    assert shlex.split(printed.splitlines()[-1])[-len(words) :] == words
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (r"--optim_target_modules .*layers\.[0-3]\..*", "a value with a backslash has to stand in single quotes"),
+        ("--run_name 'open", "No closing quotation"),
+        ("  ", "has no line 1"),
+    ],
+)
+def test_a_line_of_a_sweep_that_may_mean_something_else_is_refused(tmp_path, line, why):
+    code, printed = sweep(tmp_path, line)
+    assert code == 2
+    assert why in printed
