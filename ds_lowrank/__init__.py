@@ -13,6 +13,7 @@ from ds_lowrank.integrations.deepspeed import (
 from ds_lowrank.integrations.resume import ResumeAnywhere
 from ds_lowrank.integrations.transformers import LowRankCallback, metrics, trainer_optimizer
 from ds_lowrank.layouts import LayoutError, long_side_placement
+from ds_lowrank.manifest import newest_complete
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.param_groups import param_groups, projected_names
 from ds_lowrank.report import describe
@@ -34,6 +35,7 @@ __all__ = [
     "load_checkpoint",
     "long_side_placement",
     "metrics",
+    "newest_complete",
     "open_checkpoint",
     "param_groups",
     "prepare_cpu",

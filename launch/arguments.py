@@ -178,7 +178,9 @@ class PretrainArguments(TrainingArguments):
     per_device_train_batch_size: int = HfArg(
         default=2, aliases=["--batch_size"], help="sequences per rank and micro-step"
     )
-    per_device_eval_batch_size: int = HfArg(default=16)
+    per_device_eval_batch_size: int | None = HfArg(
+        default=None, help="default: --batch_size, with which an evaluation needs no more memory than training"
+    )
     gradient_accumulation_steps: int = HfArg(default=1, aliases=["--gradient_accumulation"])
     total_batch_size: int | None = HfArg(
         default=None, help="sequences per step over all ranks; sets the accumulation steps"
@@ -225,7 +227,7 @@ class PretrainArguments(TrainingArguments):
     resume: bool = HfArg(
         default=False,
         help="go on with the newest complete checkpoint in --output_dir, or start where there is none: the same "
-        "command the first time and after every crash or preemption",
+        "command the first time and after every crash or preemption; with --resume_from_checkpoint it starts there",
     )
     resumed_step: int = field(default=0, init=False)  # the step that this run starts at
     save_total_limit: int | None = HfArg(default=None, help="checkpoints that are kept; default: all")
@@ -265,6 +267,8 @@ class PretrainArguments(TrainingArguments):
             self.bf16 = not (self.use_cpu or self.fp16) and torch.cuda.is_bf16_supported()
 
     def _resolve_batch(self) -> None:
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
         if self.total_batch_size is None:
             return
         micro = self.per_device_train_batch_size * world_size()

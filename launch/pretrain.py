@@ -197,10 +197,10 @@ def build_trainer(
 def finish(
     trainer: PretrainTrainer, train_metrics: dict[str, float], config: ds_lowrank.LowRankConfig
 ) -> dict[str, Any]:
-    """Evaluate, save model and tokenizer, write ``metrics.json``; returns its content."""
+    """Save model and tokenizer, evaluate, write ``metrics.json``; returns its content."""
     args = trainer.args
+    trainer.save_model(args.output_dir)  # first: an evaluation may fail
     eval_loss = trainer.evaluate()["eval_loss"]
-    trainer.save_model(args.output_dir)
     tokens = trainer.state.global_step * trainer.tokens_per_step
     made_here = tokens - args.resumed_step * trainer.tokens_per_step
     metrics = {

@@ -22,28 +22,28 @@ def resolve_resume(args: Any) -> None:
             ``resume_from_checkpoint`` (a folder, or ``None``) and ``resumed_step`` are set.
 
     Raises:
-        ValueError: two flags that exclude each other; there is no checkpoint where one was asked for; it is incomplete
-            or damaged; or a complete one of a later step lies in ``output_dir``.
+        ValueError: there is no checkpoint where one was asked for; it is incomplete or damaged; or a complete one of a
+            later step lies in ``output_dir``.
     """
     wanted: str | None = args.resume_from_checkpoint
-    if args.resume and wanted:
-        raise ValueError("--resume and --resume_from_checkpoint exclude each other: give one of them")
     output = Path(str(args.output_dir))
-    folder = None
-    if args.resume or (wanted or "").lower() == "true":
+    folder, flag = None, "--resume_from_checkpoint"
+    newest = (wanted or "").lower() == "true"
+    if args.resume or newest:
         folder = _newest(output)
-        if folder is None and wanted:
+        if folder is not None:
+            flag = "--resume" if args.resume else flag
+        elif newest:
             raise ValueError(
                 f"--resume_from_checkpoint: there is no checkpoint in {output} that is complete; see --save_every, and "
                 "--resume, which starts from scratch then"
             )
-    elif wanted:
+    if folder is None and wanted:
         folder = Path(wanted)
         if not folder.is_dir():
             raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}; see --save_every")
     step = 0
     if folder is not None:
-        flag = "--resume" if args.resume else "--resume_from_checkpoint"
         try:
             found = manifest.verify(folder, (_rank(), world_size()))
         except ValueError as error:

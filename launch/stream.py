@@ -94,7 +94,7 @@ class PackedStream(IterableDataset):
         names: Sequence[str] = (),
     ) -> None:
         count = documents.n_shards
-        self._shards = [documents.shard(count, index) for index in range(count)] if count > 1 else [documents]
+        self._corpus, self._count = documents, count
         self._names = list(names) or [f"shard {index} of {count}" for index in range(count)]
         self._rank, self._world_size = rank, world_size
         end = tokenizer.eos_token_id
@@ -236,14 +236,13 @@ class PackedStream(IterableDataset):
     def _pass(self) -> Iterator[str]:
         """Documents of one pass over this rank's shards, from where it stands."""
         # Drawn apart from the buffer, so that a pass that is resumed has the same order.
-        mine = (
-            range(self._rank, len(self._shards), self._world_size) if self._whole_shards else range(len(self._shards))
-        )
+        mine = range(self._rank, self._count, self._world_size) if self._whole_shards else range(self._count)
         order = np.random.default_rng([self._seed, self._epoch, 1]).permutation(list(mine))
         while self._place < len(order):
             index = int(order[self._place])
-            # A copy in depth: what a shard was told of its beginning stays with it, in every later pass (datasets 5.2).
-            shard = deepcopy(self._shards[index])
+            # Made when it is read: of ten thousand files each takes a while. And a copy in depth: what a shard was told
+            # of its beginning stays with it, in every later pass (datasets 5.2).
+            shard = deepcopy(self._corpus.shard(self._count, index) if self._count > 1 else self._corpus)
             if not self._whole_shards:
                 shard = split_dataset_by_node(shard, self._rank, self._world_size)
             self._current = shard

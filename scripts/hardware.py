@@ -74,7 +74,10 @@ def rows() -> list[str]:
                     plans[key] = candidate.plan(model, ranks, rank, seq)
                 plan = plans[key]
                 if plan.fits(memory, margin=MARGIN):
-                    adamw, eight_bit, _, ours = (f"{held.peak / GIB:.1f}" for held in plan.optimizers.values())
+                    adamw, eight_bit, _, ours = (
+                        f"{held.peak / GIB:.1f}" + (f" + {held.host / GIB:.0f} CPU" if held.host else "")
+                        for held in plan.optimizers.values()
+                    )
                     cells = [f"`{candidate.file}`" + (f" `{' '.join(candidate.flags)}`" if candidate.flags else "")]
                     cells += [ours, adamw, eight_bit]
                     break

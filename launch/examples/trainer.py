@@ -10,12 +10,12 @@ goes on with its newest checkpoint that is whole, whichever of them wrote it. Wi
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 import ds_lowrank
-from ds_lowrank.manifest import newest_complete
 
 
 class ResumingTrainer(ds_lowrank.ResumeAnywhere, Trainer):
@@ -57,18 +57,21 @@ def main() -> None:
     rows = torch.randint(512, (512, 64), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in rows]
     options = {"rank": 32, "update_proj_gap": 50}  # in the place of the "lowrank" block of the DeepSpeed file
+    checkpoints = ds_lowrank.CheckpointCallback()
     trainer = ResumingTrainer(
         model,
         arguments,
         train_dataset=data,
         optimizer_cls_and_kwargs=ds_lowrank.trainer_optimizer(options, args=arguments),
-        callbacks=[ds_lowrank.LowRankCallback(), ds_lowrank.CheckpointCallback()],
+        callbacks=[ds_lowrank.LowRankCallback(), checkpoints],
     )
-    newest = newest_complete(args.folder)
+    newest = ds_lowrank.newest_complete(args.folder)
     if newest and int(newest.name.split("-")[1]) >= args.steps:
         return  # the Trainer would make one step more
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     trainer.accelerator.end_training()
+    if checkpoints.preempted:  # by SIGTERM or SIGUSR1, with a checkpoint: whoever started this may start it again
+        sys.exit(ds_lowrank.PREEMPTED_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 # What the batch scripts share: start the ranks on all nodes, pass slurm's warning on to them, queue the job again.
-# Sourced in the repository's folder with LAUNCHER, DEFAULTS (flags) and the job's own arguments in "$@".
+# Sourced in the repository's folder with LAUNCHER, DEFAULTS (flags) and the job's own arguments in "$@". SCRIPT in the
+# environment names a script of your own, which gets these arguments alone, and a name for its folder.
 
 dry_run=
 arguments=()
@@ -55,8 +56,13 @@ export DS_LOWRANK_PREEMPTED_FILE="$PWD/runs/.preempted-$number"
 # One task a node that starts all its ranks: it has all of the node's processors, whatever the cluster binds tasks to.
 step=(srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL
   --cpu-bind=none
-  bash launch/slurm/node.sh "$LAUNCHER" "${SCRIPT:-launch/pretrain.py}" "${DEFAULTS[@]}"
-  --run_name "$SLURM_JOB_NAME-$number" --resume "${arguments[@]}")
+  bash launch/slurm/node.sh "$LAUNCHER")
+export DS_LOWRANK_RUN_NAME="$SLURM_JOB_NAME-$number"
+if [ -n "${SCRIPT:-}" ]; then
+  step+=("$SCRIPT" "${arguments[@]}")
+else
+  step+=(launch/pretrain.py "${DEFAULTS[@]}" --run_name "$DS_LOWRANK_RUN_NAME" --resume "${arguments[@]}")
+fi
 
 if [ -n "$dry_run" ]; then
   env | grep -E '^(VIRTUAL_ENV|GPUS_PER_NODE|MASTER_|NCCL_|GLOO_|TORCH|OMP_|RAYON|TRITON|DS_LOWRANK)' | sort

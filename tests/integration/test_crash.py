@@ -157,8 +157,6 @@ def test_a_start_from_scratch_beside_complete_checkpoints_is_refused(workplace, 
 
 
 def test_what_resume_cannot_go_on_with(workplace, checkpoint, capfd):
-    both = {"resume": True, "resume_from_checkpoint": "true"}
-    assert "exclude each other" in refused(workplace, checkpoint, capfd, **both)
     shutil.copytree(checkpoint, other := checkpoint.parent.parent / "other" / "checkpoint-4")
     manifest.mark(other, {"model_only": True})
     assert "has no optimizer to go on with" in refused(workplace, other, capfd, resume=True)

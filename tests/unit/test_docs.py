@@ -88,23 +88,24 @@ class _Model(nn.Module):
 
 
 class _AsksForAnOptimizer(Trainer):
-    """As axolotl's and LLaMA-Factory's Trainers do."""
+    """As LLaMA-Factory's Trainers do; axolotl's do not ask."""
 
     ask = None
 
     def create_optimizer(self, *args, **kwargs):
-        if self.optimizer is None:
+        if self.optimizer is None and type(self).ask is not None:
             self.optimizer = type(self).ask(self)
         return super().create_optimizer(*args, **kwargs)
 
 
-def _trained(tmp_path, ask, callbacks) -> Trainer:
-    kind = type("Framework", (_AsksForAnOptimizer,), {"ask": staticmethod(ask)})
+def _trained(tmp_path, ask, callbacks, created=lambda trainer: None) -> Trainer:
+    kind = type("Framework", (_AsksForAnOptimizer,), {"ask": ask and staticmethod(ask)})
     args = TrainingArguments(
         str(tmp_path), max_steps=2, use_cpu=True, report_to=[], learning_rate=0.1, save_steps=2, disable_tqdm=True
     )
     data = [{"x": torch.randn(256)} for _ in range(16)]
     trainer = kind(model=_Model(), args=args, train_dataset=data, callbacks=callbacks)
+    created(trainer)
     trainer.train()
     return trainer
 
@@ -124,7 +125,8 @@ def test_the_axolotl_plugin(tmp_path, monkeypatch):
     modules = {name: types.ModuleType(name) for name in names}
     plugin = _recipe(0, monkeypatch, {**modules, "axolotl.integrations.base": base})["LowRank"]()
     callbacks = plugin.add_callbacks_post_trainer(None, None)
-    trainer = _trained(tmp_path, lambda trainer: plugin.create_optimizer(None, trainer), callbacks)
+    # After the Trainer's construction, as axolotl 0.19's train.py does; its Trainer would make AdamW.
+    trainer = _trained(tmp_path, None, callbacks, created=lambda trainer: plugin.post_trainer_create(None, trainer))
     _check(trainer, tmp_path)
 
 

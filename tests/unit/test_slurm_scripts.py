@@ -115,3 +115,11 @@ def test_a_line_of_a_sweep_that_may_mean_something_else_is_refused(tmp_path, lin
     code, printed = sweep(tmp_path, line)
     assert code == 2
     assert why in printed
+
+
+def test_a_script_of_ones_own_gets_its_flags_alone(tmp_path):
+    environment = {**os.environ, "SCRIPT": "my_train.py", "VENV": "nowhere"}
+    command = ["bash", str(SCRIPT), "--dry-run", "--lr", "1"]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[-1].endswith("node.sh deepspeed my_train.py --lr 1 ")
+    assert "DS_LOWRANK_RUN_NAME=pretrain-0" in printed
