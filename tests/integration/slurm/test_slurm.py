@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,3 +130,14 @@ def test_it_says_what_it_would_run_without_a_cluster(script, launcher):
     assert "GPUS_PER_NODE=8" in environment
     assert re.match(rf"srun --nodes=2 .* bash launch/slurm/node.sh {launcher} launch/pretrain.py ", command)
     assert command.rstrip().endswith("--run_name pretrain-0 --resume --max_steps 5")
+
+
+def test_the_long_run_starts_by_itself():
+    """The README's command, which nobody gives a search path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    script = Path(__file__).with_name("long_run.py")
+    done = subprocess.run(
+        [sys.executable, script, "--help"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "preempted at random moments" in done.stdout
