@@ -19,7 +19,7 @@ class StreamPosition(TrainerCallback):
     """Writes where each rank's stream stands, and goes on there.
 
     On another number of ranks, whose shares are others, it leaves the stream to the Trainer, which reads as many
-    batches as were used and passes over them, or begins it anew with ``--ignore_data_skip``.
+    batches as were used and passes over them. With ``--ignore_data_skip`` it begins anew where it cannot go on.
 
     Args:
         stream: what the Trainer trains on.
@@ -39,21 +39,32 @@ class StreamPosition(TrainerCallback):
             return
         path = _file(Path(folder), args.process_index)
         saved = torch.load(path, weights_only=True) if path.is_file() else None
-        if saved is None or saved["world_size"] != args.world_size:
-            again = "as much is read again and passed over, and of other ranks' shares some documents may come twice"
-            if args.ignore_data_skip:
-                self._first_step = args.resumed_step
-                again = "the stream begins anew (--ignore_data_skip), with documents that were read before"
-            if args.process_index == 0:
-                before = "no position of the stream" if saved is None else f"positions of {saved['world_size']} ranks"
-                print(f"{folder} has {before}: on {args.world_size} ranks {again}", file=sys.stderr, flush=True)
-            return
-        try:
-            self.stream.load_state(saved["stream"])
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        self._first_step = saved["step"]
-        args.ignore_data_skip = True
+        known = saved if saved is not None and saved["world_size"] == args.world_size else None
+        if known is not None:
+            try:
+                self.stream.load_state(known["stream"])
+            except ValueError as error:
+                if not args.ignore_data_skip:
+                    raise ValueError(f"{path}: {error}, or the stream begin anew, --ignore_data_skip") from error
+                known = None
+        if known is not None:
+            self._first_step = known["step"]
+            args.ignore_data_skip = True
+        elif args.ignore_data_skip:
+            self._first_step = args.resumed_step
+            self._say(args, f"the stream begins anew (--ignore_data_skip): it cannot go on where {folder} was")
+        else:
+            before = "no position of the stream" if saved is None else f"positions of {saved['world_size']} ranks"
+            self._say(
+                args,
+                f"{folder} has {before}: on {args.world_size} ranks as much is read again and passed over, and of "
+                "other ranks' shares some documents may come twice; --ignore_data_skip begins the stream anew",
+            )
+
+    @staticmethod
+    def _say(args: PretrainArguments, text: str) -> None:
+        if args.process_index == 0:
+            print(text, file=sys.stderr, flush=True)
 
     def on_save(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

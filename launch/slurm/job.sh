@@ -33,7 +33,7 @@ if [ -n "${SWEEP:-}" ]; then
   # Quotes count as in a shell. What a shell would make of a backslash is not what a regular expression means by it.
   flags="$(python3 - "$line" <<'PYTHON'
 import re, shlex, sys
-if "\\" in re.sub("'[^']*'", "", sys.argv[1]):
+if "\\" in re.sub("""("[^"]*")|'[^']*'""", r"\1", sys.argv[1]):
     sys.exit("a value with a backslash has to stand in single quotes")
 try:
     print(shlex.join(shlex.split(sys.argv[1])))

@@ -20,7 +20,8 @@ case $launcher in
       echo "$host slots=$GPUS_PER_NODE"
     done >"$hosts"
     code=0
-    deepspeed --hostfile "$hosts" --no_ssh --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" \
+    # LOCAL_RANK tells a rank; a flag before the script's own would be one more than it was given.
+    deepspeed --hostfile "$hosts" --no_ssh --no_local_rank --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" \
       --master_port "$MASTER_PORT" "$@" || code=$?
     rm -f "$hosts"
     exit "$code"

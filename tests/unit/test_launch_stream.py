@@ -200,6 +200,7 @@ def test_the_trainers_steps_are_rows_of_the_stream(files, tokenizer, tmp_path):
     )
     folder = None
     for step in (4, 7, 20):
+        args.ignore_data_skip = False  # a run has flags of its own
         one = stream(files, tokenizer)
         position = StreamPosition(one)
         position.resume(folder, args)
@@ -211,6 +212,7 @@ def test_the_trainers_steps_are_rows_of_the_stream(files, tokenizer, tmp_path):
         position.on_save(args, SimpleNamespace(global_step=step), None)
         folder = str(tmp_path / f"checkpoint-{step}")
         again = stream(files, tokenizer)
+        args.ignore_data_skip = False
         StreamPosition(again).resume(folder, args)
         assert again.first_row == 6 * step
         assert rows(again, 20) == whole[6 * step : 6 * step + 20]
@@ -239,6 +241,11 @@ def test_a_stream_that_begins_anew_has_positions_of_its_own(files, tokenizer, tm
     assert "begins anew (--ignore_data_skip)" in capsys.readouterr().err
     rows(one, 10)
     position.on_save(args, SimpleNamespace(global_step=105), None)
-    again = stream(files, tokenizer)
-    StreamPosition(again).resume(str(tmp_path / "checkpoint-105"), args)
+    again, other = (stream(kept, tokenizer) for kept in (files, files[1:]))
+    StreamPosition(again).resume(str(tmp_path / "checkpoint-105"), args)  # with the same flags, as a job queued again
     assert rows(again, 30) == whole[10:]
+    StreamPosition(other).resume(str(tmp_path / "checkpoint-105"), args)
+    assert other.first_row == 0
+    args.ignore_data_skip = False
+    with pytest.raises(ValueError, match=r"kept in another stream .*, or the stream begin anew, --ignore_data_skip"):
+        StreamPosition(other).resume(str(tmp_path / "checkpoint-105"), args)

@@ -94,6 +94,7 @@ def sweep(tmp_path, line: str) -> tuple[int, str]:
     [
         ["--lr", "0.005", "--train_file", "a b/*.jsonl", "--run_name", "it's", "--lr_scheduler_kwargs", '{"a": 1}'],
         ["--optim_target_modules", r".*layers\.[0-3]\..*"],
+        ["--run_name", "it's", "--optim_target_modules", r"a\.b"],
         ["--lr", "$HOME", "`ls`", "$(ls)", "a;b", "#", "--cache_dir", ""],
     ],
 )
@@ -107,6 +108,7 @@ def test_a_line_of_a_sweep_is_its_words(tmp_path, words):
     ("line", "why"),
     [
         (r"--optim_target_modules .*layers\.[0-3]\..*", "a value with a backslash has to stand in single quotes"),
+        (r"""--run_name "it's" --optim_target_modules a\.b --cache_dir "it's" """, "has to stand in single quotes"),
         ("--run_name 'open", "No closing quotation"),
         ("  ", "has no line 1"),
     ],

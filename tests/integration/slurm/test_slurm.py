@@ -66,14 +66,17 @@ def test_preempted_by_a_job_of_higher_priority_it_ends_with_the_same_weights(clu
 def test_the_warning_before_the_time_limit_makes_a_checkpoint_and_queues_again(
     cluster, workplace, undisturbed, script, monkeypatch
 ):
+    options = {}
     if script == "fsdp2":
         monkeypatch.setitem(cluster.environment, "SCRIPT", "tests/integration/fsdp_on_cpu.py")
-    job = pretrain(cluster, workplace, f"slurm_warned_{script}", script)
+        options = {"fsdp_config": ROOT / "configs" / "fsdp2.json", "resume": True}  # a script gets these flags alone
+    job = pretrain(cluster, workplace, f"slurm_warned_{script}", script, **options)
     job.until(lambda: stepped(job))
     cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))  # what --signal=B:USR1@300 does
     assert job.wait() == "COMPLETED", job.printed()
     assert job.restarts == 1
     assert "SIGUSR1: writing a checkpoint" in job.printed()
+    assert f"layout: {'FSDP2' if script == 'fsdp2' else 'ZeRO-1/2'} on 2 ranks" in job.printed()
     here = workplace / f"slurm_warned_{script}"
     if script == "deepspeed":
         assert same_weights(undisturbed, here)
