@@ -88,7 +88,8 @@ run_row() {
     echo -n "| $name | $("$python" -c 'import platform; print(platform.python_version())')"
     for package in torch deepspeed transformers accelerate; do echo -n " | $(version "$python" $package)"; done
     echo " | ${outcome:-no result} | $(date +%F), $commit${changed:+-dirty} |"
-  } >"$row"
+  } >"$row.new"
+  mv "$row.new" "$row"  # in one piece: a row that is there is a whole one
   cat "$row"
   [ -n "${KEEP:-}" ] || rm -rf "$venv"
 }
