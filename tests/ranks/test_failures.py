@@ -29,7 +29,7 @@ def test_every_other_rank_gets_an_error_with_the_collectives_name(layout, how):
         assert f"failed on rank {rank}" in text
         assert " of " in text.split("failed")[0]  # such as "all-gather of bases joined"
         assert any(name in text for name in ("Gram matrices", "bases", "verdicts", "gradient rows", "weights"))
-        assert seconds < 2 * TIMEOUT  # while rank 1 still hangs
+        assert seconds < TIMEOUT + 3
     assert (how == "dies") == isinstance(answers[1], RankError)
 
 
