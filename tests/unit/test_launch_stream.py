@@ -186,18 +186,24 @@ def test_a_position_in_another_stream_is_refused(files, tokenizer):
         longer.load_state(state)
 
 
+def training_arguments(folder, **given):
+    """What a position reads of the Trainer's arguments: two sequences a micro-step, on one rank."""
+    ordinary = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "process_index": 0,
+        "world_size": 1,
+        "save_only_model": False,
+        "ignore_data_skip": False,
+    }
+    return SimpleNamespace(**{**ordinary, **given})
+
+
 def test_the_trainers_steps_are_rows_of_the_stream(files, tokenizer, tmp_path):
     """Twice resumed, with accumulation, and a loader that reads ahead."""
     whole = rows(stream(files, tokenizer), 200)
-    args = SimpleNamespace(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=3,
-        process_index=0,
-        world_size=1,
-        save_only_model=False,
-        ignore_data_skip=False,
-    )
+    args = training_arguments(tmp_path, gradient_accumulation_steps=3)
     folder = None
     for step in (4, 7, 20):
         args.ignore_data_skip = False  # a run has flags of its own
@@ -223,16 +229,7 @@ def test_the_trainers_steps_are_rows_of_the_stream(files, tokenizer, tmp_path):
 
 def test_a_stream_that_begins_anew_has_positions_of_its_own(files, tokenizer, tmp_path, capsys):
     """--ignore_data_skip on another number of ranks: the Trainer counts on, and the stream begins at its first row."""
-    args = SimpleNamespace(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=1,
-        process_index=0,
-        world_size=2,
-        save_only_model=False,
-        ignore_data_skip=True,
-        resumed_step=100,
-    )
+    args = training_arguments(tmp_path, world_size=2, ignore_data_skip=True, resumed_step=100)
     whole = rows(stream(files, tokenizer), 40)
     one = stream(files, tokenizer)
     position = StreamPosition(one)
