@@ -62,6 +62,8 @@ class Case:
         accumulation: micro-steps a step.
         clip: gradient norm.
         weight_decay: λ.
+        directions: in how many directions a matrix's inputs lie, the same on all ranks, which changes from step to
+            step; ``None``: in all. Of stacked experts the first gets no input and the second one direction.
         silent: how many first steps leave layer 0 without a gradient.
         dropped: name of a parameter whose gradient odd ranks lose before every step; the reference sees zeros there.
         targets: ``optim_target_modules``.
@@ -91,6 +93,7 @@ class Case:
     accumulation: int = 2
     clip: float = 0.3
     weight_decay: float = 0.1
+    directions: int | None = None
     silent: int = 0
     dropped: str | None = None
     targets: str = "all-linear"
@@ -107,6 +110,14 @@ class Case:
             return torch.float64
         narrow = self.layout.startswith("zero") or not self.master
         return torch.bfloat16 if self.dtype == "bf16" and narrow else torch.float32
+
+    @property
+    def gradient_dtype(self) -> torch.dtype | None:
+        """In which gradients are computed, where the optimizer can know of a narrower one than they come in.
+
+        It cannot of autocast.
+        """
+        return torch.bfloat16 if self.dtype == "bf16" and self.layout not in ("one", "ddp") else None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -149,6 +160,30 @@ class Experts(nn.Module):
         self.weight = nn.Parameter(torch.randn(experts, out, inside) / math.sqrt(inside))
 
 
+class Few:
+    """Inputs that lie in few directions, the same on all ranks and in all micro-steps of a step.
+
+    Args:
+        step: of the optimizer.
+        directions: how many.
+    """
+
+    def __init__(self, step: int, directions: int):
+        self._generator = torch.Generator().manual_seed(77 + step)
+        self._directions = directions
+
+    def inputs(self, x: Tensor, expert: int | None) -> Tensor:
+        """What ``x`` (tokens × n) has in them; of stacked experts the first gets nothing, the second one direction."""
+        count = self._directions if expert is None else min(expert, self._directions)
+        if count >= x.shape[1]:
+            return x
+        drawn = torch.randn(x.shape[1], count, dtype=torch.float64, generator=self._generator)
+        frame = torch.linalg.qr(drawn).Q
+        # Of sizes that are far apart: vectors of equal singular values are arbitrary. In float64, so that rounding adds
+        # no directions of its own.
+        return (x.double() @ frame * 0.5 ** torch.arange(count)) @ frame.mT
+
+
 class Layer(nn.Module):
     """Linear layers, each fitting a target of its own."""
 
@@ -158,14 +193,16 @@ class Layer(nn.Module):
             part = nn.Linear(shape[1], shape[0], bias=False) if len(shape) == 2 else Experts(*shape)
             self.add_module(str(index), part)
 
-    def forward(self, generator: torch.Generator, gain: Tensor) -> Tensor:
+    def forward(self, generator: torch.Generator, gain: Tensor, few: Few | None) -> Tensor:
         loss: Any = 0.0
         for part in self.children():
             weight: Any = part.weight
-            for w in [weight] if weight.ndim == 2 else weight:
+            for expert, w in enumerate([weight] if weight.ndim == 2 else weight):
                 m, n = w.shape
                 tokens = min(m, n) * 5 // 4 + 3
                 x = torch.randn(tokens, n, generator=generator) * _decay(n)
+                if few is not None:
+                    x = few.inputs(x, expert if weight.ndim == 3 else None)
                 y = torch.randn(tokens, m, generator=generator) * _decay(m)
                 error = gain.to(w.dtype) * nn.functional.linear(x.to(w.dtype), w) - y.to(w.dtype)
                 loss = loss + error.to(torch.promote_types(w.dtype, torch.float32)).square().sum() / tokens
@@ -180,11 +217,12 @@ class Regressions(nn.Module):
         self.layers = nn.ModuleList(Layer(shapes) for _ in range(layers))
         self.gain = nn.Parameter(torch.ones(layers))
 
-    def forward(self, seed: int, silent: bool = False) -> Tensor:
-        """Loss on the data of ``seed``; ``silent`` leaves layer 0 out, so that it has no gradient."""
+    def forward(self, seed: int, silent: bool = False, few: tuple[int, int] | None = None) -> Tensor:
+        """Loss on the data of ``seed``; ``silent`` leaves layer 0 out, so that it has no gradient; ``few``: of Few."""
         generator = torch.Generator().manual_seed(seed)
+        inputs = None if few is None else Few(*few)
         losses = [
-            layer(generator, gain)
+            layer(generator, gain, inputs)
             for index, (layer, gain) in enumerate(zip(self.layers, self.gain))
             if not (silent and index == 0)
         ]
@@ -281,6 +319,7 @@ class Follower:
             moments=case.moments,
             side=case.proj_type,
             seed=options["seed"],
+            gradient_dtype=case.gradient_dtype,
             formats=optimizer.formats,
         )
         # The vector has no decay in the groups either.
@@ -425,7 +464,8 @@ def _model_is_master(run: Run, final: dict[str, Tensor]) -> bool:
 
 
 def arguments(case: Case, step: int, micro: int, rank: int) -> dict[str, Any]:
-    return {"seed": (step * 64 + micro) * 16 + rank, "silent": step < case.silent}
+    few = None if case.directions is None else (step, case.directions)
+    return {"seed": (step * 64 + micro) * 16 + rank, "silent": step < case.silent, "few": few}
 
 
 def _decay(size: int) -> Tensor:

@@ -12,6 +12,9 @@ matrices with sides up to 64, ``free_real`` for the large ones (in bf16 both dri
 ``basis_deviation`` is the largest ‖B − B_ref‖_F / √r. ``ranks_equal``: indices, counters and bases equal on all ranks
 that use them, indices equal to the reference's, weights bitwise equal wherever ranks hold the same, and equal to what
 the model computes with. The first row anchors the reference in galore-torch.
+
+``--rows deficient``: gradients with fewer directions than r, the same few on all ranks in a step, others in the next
+(a batch of two rows, and of one); of stacked experts the first has no tokens at all, so its matrix is never refreshed.
 """
 
 from __future__ import annotations
@@ -52,15 +55,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
     json_argument(parser)
+    parser.add_argument("--rows", choices=["full", "deficient"], default="full", help="rank of the gradients")
     args = parser.parse_args()
-    rows = [anchor_row()]
+    deficient = args.rows == "deficient"
+    rows = [] if deficient else [anchor_row()]
     for ranks in args.ranks:
         pool = RankPool(ranks, timeout=300)
-        for variant, case in grid(ranks):
+        for variant, case in deficient_grid(ranks) if deficient else grid(ranks):
             rows.append(case_row(pool, variant, case))
             print(*rows[-1].values(), flush=True)
         pool.close()
-    show(rows, "Deviation from the one-process reference, as a share of the distance moved", args.json)
+    title = "Deviation from the one-process reference, as a share of the distance moved"
+    show(rows, f"{title}: gradients with fewer directions than r" if deficient else title, args.json)
 
 
 def grid(ranks: int) -> Iterator[tuple[str, Case]]:
@@ -74,6 +80,16 @@ def grid(ranks: int) -> Iterator[tuple[str, Case]]:
     for variant, (layout, dtypes, settings) in VARIANTS.items():
         for dtype in dtypes:
             yield variant.strip(), Case(layout=layout, dtype=dtype, **settings)
+
+
+def deficient_grid(ranks: int) -> Iterator[tuple[str, Case]]:
+    """Rank-deficient gradients: the same layouts and precisions. Every selection keeps all directions there are."""
+    for layout in LAYOUTS:
+        if layout == "one" and ranks > 1:
+            continue
+        for dtype in ("fp32", "bf16") if layout.startswith("zero") else ("fp64", "fp32", "bf16"):
+            for variant, directions in (("two rows", 2), ("one row", 1)):
+                yield variant, Case(layout=layout, dtype=dtype, directions=directions)
 
 
 def case_row(pool: RankPool, variant: str, case: Case) -> Row:
@@ -98,7 +114,8 @@ def case_row(pool: RankPool, variant: str, case: Case) -> Row:
         "free_real": real["free_deviation"],
         "shared": sum(r["shared"] for r in results),
         "moved": sum(r["moved"] for r in results),
-        "refreshes": min(r["refreshes"] for r in results if r["refreshes"] is not None),
+        # Without the experts where one of them never has a gradient.
+        "refreshes": min(r["refreshes"] for r in results if r["refreshes"]),
     }
 
 

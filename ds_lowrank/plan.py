@@ -62,6 +62,7 @@ class MatrixPlan:
         group, unit: index of its parameter group; which matrices step in the same call of ``step()``.
         gap, phase, wave: refresh schedule; the matrices of a wave are refreshed side by side.
         weight_dtype, dtype: of the weights, and of states and products.
+        gradient_dtype: in which the gradient was computed.
         parts: for each rank, the elements it holds.
         shares: for each rank, the rows of A it computes.
         slices: for each rank, the rows of a new basis that the owner sends it: together, all of them in each copy.
@@ -84,6 +85,7 @@ class MatrixPlan:
     wave: int
     weight_dtype: torch.dtype
     dtype: torch.dtype
+    gradient_dtype: torch.dtype
     parts: tuple[Part | None, ...]
     shares: tuple[Share | None, ...]
     slices: tuple[tuple[int, int] | None, ...]
@@ -101,6 +103,16 @@ class MatrixPlan:
     def long(self) -> int:
         """Length of the other dimension: rows of A."""
         return self.shape[0] if self.side == "right" else self.shape[1]
+
+    @property
+    def side_to_decompose(self) -> int:
+        """Side of the matrix that a refresh decomposes: the shorter one, whichever is projected."""
+        return min(self.shape)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a refresh takes the owner the rows of A, because the longer side is projected: its Gram is larger."""
+        return self.long < self.short
 
     @cached_property
     def computing(self) -> list[int]:
@@ -121,6 +133,11 @@ class MatrixPlan:
         """How many rows of the basis a rank keeps."""
         rows = self.slices[rank]
         return 0 if rows is None else rows[1] - rows[0] if self.spread else self.short
+
+    def rows_of(self, rank: int) -> int:
+        """How many rows of A a rank computes."""
+        share = self.shares[rank]
+        return 0 if share is None else share.rows
 
     @cached_property
     def witnesses(self) -> list[int]:
@@ -180,6 +197,7 @@ def make_plan(
         copy=comm.ranks.copy,
         dealt=layout.dealt,
         dtype=layout.dtype,
+        gradient_dtype=layout.gradient_dtype,
         unit=layout.unit,
         stagger=stagger,
         wave_size=wave_size,
@@ -194,6 +212,7 @@ def plan_matrices(
     copy: tuple[int, ...],
     dealt: bool,
     dtype: Callable[[str], torch.dtype],
+    gradient_dtype: Callable[[str], torch.dtype],
     unit: Callable[[str], int],
     stagger: bool,
     wave_size: int,
@@ -206,7 +225,7 @@ def plan_matrices(
         pieces: for each rank, parameter name -> what it holds.
         copy: for each rank, which copy of the model it is in.
         dealt: every rank holds everything.
-        dtype, unit: of a parameter, see :class:`ds_lowrank.layouts.Layout`.
+        dtype, gradient_dtype, unit: of a parameter, see :class:`ds_lowrank.layouts.Layout`.
         stagger, wave_size, shard_projection: see :func:`make_plan`.
 
     Raises:
@@ -236,6 +255,7 @@ def plan_matrices(
                 wave=wave,
                 weight_dtype=weight_dtype,
                 dtype=work_dtype(weight_dtype),
+                gradient_dtype=gradient_dtype(spec.parameter),
                 parts=tuple(parts),
                 shares=shares,
                 slices=slices,
@@ -286,7 +306,7 @@ def _with_owners(plans: Sequence[MatrixPlan]) -> list[MatrixPlan]:
         together.setdefault((plan.unit, plan.gap, plan.wave), []).append(j)
     owned = list(plans)
     for (_, _, wave), places in together.items():
-        costs = [float(plans[j].short) ** 3 for j in places]
+        costs = [float(plans[j].side_to_decompose) ** 3 for j in places]
         candidates = [plans[j].computing for j in places]
         for j, owner in zip(places, deal_owners(costs, candidates, len(plans[0].copy), first=wave)):
             owned[j] = dataclasses.replace(plans[j], owner=owner)

@@ -25,6 +25,7 @@ class Reference:
         moments: ``keep`` or ``project``.
         side: ``std``, ``reverse_std``, ``right`` or ``left`` (GaLore's ``proj_type``).
         seed: key of the sampler.
+        gradient_dtype: in which gradients are computed, where they come in a wider one.
     """
 
     def __init__(
@@ -44,15 +45,23 @@ class Reference:
         moments: str = "keep",
         side: str = "std",
         seed: int = 0,
+        gradient_dtype: torch.dtype | None = None,
     ):
         self.weights, self.lr, self.betas, self.eps = weights, lr, betas, eps
         self.weight_decay, self.scale, self.gap = weight_decay, scale, gap
-        self.selection, self.moments, self.seed = selection, moments, seed
+        self.selection, self.moments, self.seed, self.gradient_dtype = selection, moments, seed, gradient_dtype
         self.matrices: dict[str, dict] = {}
         for name, r in ranks.items():
             m, n = weights[name].shape
             right = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False}[side]
-            self.matrices[name] = {"r": min(r, m, n), "right": right, "phase": 0, "t": 0, "refreshes": 0}
+            self.matrices[name] = {
+                "r": min(r, m, n),
+                "right": right,
+                "phase": 0,
+                "t": 0,
+                "refreshes": 0,
+                "above": min(r, m, n),
+            }
         if stagger:
             self.spread(-(-len(ranks) // wave_size))
         self.plain = {name: {"t": 0} for name in weights if name not in ranks}
@@ -65,8 +74,7 @@ class Reference:
             work = {}
             for name in neighbours:
                 m, n = self.weights[name].shape
-                short = n if self.matrices[name]["right"] else m
-                work[name] = m * n * short + 5 * short**3
+                work[name] = m * n * min(m, n) + 5 * min(m, n) ** 3
             filled.sort()
             for place, name in enumerate(sorted(neighbours, key=work.__getitem__, reverse=True)):  # stable
                 load, wave = filled[place]
@@ -92,25 +100,49 @@ class Reference:
         if state["refreshes"] == 0:
             return  # its gradient has always been zero: unborn, no counter, no update, no decay
         state["t"] += 1
-        n = self.adam(g @ state["basis"], state)
+        n = self.adam(self.project(g, state), state)
         w.mul_(1 - self.lr * self.weight_decay)
         w.sub_(n @ state["basis"].T, alpha=self.lr * self.scale)
 
+    def project(self, g: Tensor, state: dict) -> Tensor:
+        """R = A B; what rounding may have made of nothing, in directions that were drawn, is nothing."""
+        r = g @ state["basis"]
+        own = self.noise(g) / math.sqrt(g.shape[1])
+        floor = max(8 * torch.finfo(r.dtype).eps / 2, own) * g.norm(dim=1, keepdim=True)
+        drawn = torch.arange(state["r"]) >= state["above"]
+        return r.where((r.abs() > floor) | ~drawn, 0)
+
+    def noise(self, g: Tensor) -> float:
+        """What rounding makes of a gradient's null space, of its entries and of the sums that these are."""
+        dtype = self.gradient_dtype or g.dtype
+        return max(2 * torch.finfo(dtype).eps, 8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps)
+
     def refresh(self, name: str, g: Tensor, state: dict) -> None:
         """A new basis from the gradient's spectrum; a zero or non-finite gradient keeps the old one."""
-        gram = g.double().T @ g.double()
-        if not torch.isfinite(gram).all() or gram.trace() == 0:
+        wide, r = g.double(), state["r"]
+        if not torch.isfinite(wide).all() or not wide.any():
             return
         generator = self.generator(name, state["refreshes"])
         if self.selection == "random":
-            q, r = torch.linalg.qr(torch.randn(len(gram), state["r"], dtype=torch.float64, generator=generator))
-            basis = q * r.diagonal().sign()
+            basis = self.orthonormal(torch.randn(g.shape[1], r, dtype=torch.float64, generator=generator))
         else:
-            squares, vectors = torch.linalg.eigh(gram)  # ascending
-            squares, vectors = squares.flip(0), vectors.flip(1)
-            squares[squares <= 8 * torch.finfo(torch.float64).eps * squares[0]] = 0
-            state["indices"] = self.select(squares.sqrt()[: min(g.shape)], state["r"], generator)
-            basis = vectors[:, state["indices"]]
+            sigma, vectors = self.spectrum(wide)
+            # As many directions as stand above the rounding of the Gram and of the gradient's own entries.
+            floor = max(
+                math.sqrt(32 * torch.finfo(torch.float64).eps) * sigma[0],
+                self.noise(g) * sigma.norm() / math.sqrt(min(g.shape)),
+            )
+            state["above"] = above = min(r, int((sigma > floor).sum()))
+            if above == r:
+                state["indices"] = self.select(sigma, r, generator)
+                basis = vectors[:, state["indices"]]
+            else:  # all there are, and a draw among what is orthogonal to them
+                state["indices"] = torch.tensor([*range(above), *[-1] * (r - above)])
+                kept = vectors[:, :above]
+                drawn = torch.randn(g.shape[1], r - above, dtype=torch.float64, generator=generator)
+                for _ in range(2):
+                    drawn = drawn - kept @ (kept.T @ drawn)
+                basis = torch.cat([kept, self.orthonormal(drawn)], dim=1)
         peaks = basis.gather(0, basis.abs().argmax(0, keepdim=True))
         basis = (basis * peaks.sign()).to(g.dtype)  # an eigenvector's sign is free: its largest entry is positive
         if self.moments == "project" and "m" in state:
@@ -118,12 +150,29 @@ class Reference:
         state["basis"] = basis
         state["refreshes"] += 1
 
+    def spectrum(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """The min(long, short) singular values of A, descending, 0 where rounding hides them, and its right vectors."""
+        if a.shape[0] < a.shape[1]:  # the longer side is projected: by the other Gram, with Aᵀ = Q R
+            q, triangle = torch.linalg.qr(a.T)
+            sigma, vectors = self.spectrum(triangle.T)
+            return sigma, q @ vectors
+        squares, vectors = torch.linalg.eigh(a.T @ a)  # ascending
+        squares, vectors = squares.flip(0), vectors.flip(1)
+        squares[squares <= 8 * torch.finfo(torch.float64).eps * squares[0]] = 0
+        return squares.sqrt(), vectors
+
+    def orthonormal(self, drawn: Tensor) -> Tensor:
+        """Q of a QR whose R has a positive diagonal: uniform on the Stiefel manifold for Gaussian columns."""
+        q, triangle = torch.linalg.qr(drawn)
+        return q * triangle.diagonal().sign()
+
     def select(self, sigma: Tensor, r: int, generator: torch.Generator) -> Tensor:
         """Kept indices, ascending: the first r, or r drawn without replacement (Gumbel's top r is that law)."""
         if self.selection == "dominant":
             return torch.arange(r)
         gumbel = -torch.log(-torch.log(torch.rand(len(sigma), dtype=torch.float64, generator=generator)))
-        keys = gumbel + sigma.log() if self.selection == "importance" else gumbel
+        # `uniform`: among those above 0.
+        keys = gumbel + (sigma if self.selection == "importance" else (sigma > 0).double()).log()
         return keys.sort(descending=True, stable=True).indices[:r].sort().values
 
     def generator(self, name: str, refresh: int) -> torch.Generator:

@@ -1,6 +1,7 @@
 """Refreshing subspaces across ranks: Grams to the owner, decisions and bases back to the holders.
 
-Nobody gathers a full gradient and nobody repeats a decomposition. What the owner decided travels with the basis, to
+Nobody repeats a decomposition, and nobody gathers a full gradient but where the longer side is projected, whose Gram is
+larger than the gradient. What the owner decided travels with the basis, to
 every rank, so that the ranks agree on which matrices are born and how often they have refreshed.
 """
 
@@ -19,7 +20,7 @@ from ds_lowrank.comm import Comm, Pending
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.states.formats import Formats
 from ds_lowrank.subspace.basis import Basis, carry_moments_, draw_basis, overlap
-from ds_lowrank.subspace.project import gram
+from ds_lowrank.subspace.project import gram, gram_of_short_rows
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +112,13 @@ class Refresher:
             return
         start = time.perf_counter()
         shared = [p for p in plans if p.shared]
-        totals = self._sum_grams(shared, blocks)
+        totals = self._sum_grams([p for p in shared if not p.gathers], blocks)
+        totals.update(self._gather_rows([p for p in shared if p.gathers], blocks))
         for plan in plans:  # while Grams are on their way
             if not plan.shared:
                 state = states[plan.name]
-                drawn = self._draw(plan, self._gram(plan, blocks), state)
+                whole = self._rows(plan, blocks) if plan.gathers else self._gram(plan, blocks)
+                drawn = self._draw(plan, whole, state)
                 if drawn is not None:
                     stored = self._formats.basis.encode(drawn.vectors)
                     cross = self._cross(plan, state, stored) if _int(state, "refreshes") else None
@@ -129,15 +132,21 @@ class Refresher:
         parts = [gram(block.to(device), self._gram_dtype) for block in blocks[plan.name]]
         return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
 
-    def _draw(self, plan: MatrixPlan, gram_sum: Tensor, state: MatrixState) -> Basis | None:
-        """Decompose on the owner."""
+    def _rows(self, plan: MatrixPlan, blocks: Mapping[str, Sequence[Tensor]]) -> Tensor:
+        """The rows of A's gradient on this rank."""
+        return torch.cat([block.to(self._comm.ranks.device, plan.dtype) for block in blocks[plan.name]])
+
+    def _draw(self, plan: MatrixPlan, whole: Tensor, state: MatrixState) -> Basis | None:
+        """Decompose on the owner. ``whole``: the Gram, or where rows are gathered A's gradient."""
         start = time.perf_counter()
+        gram_sum, frame = gram_of_short_rows(whole, self._gram_dtype) if plan.gathers else (whole, None)
         drawn = draw_basis(
             gram_sum,
             plan.rank,
             self._selection,
             plan.dtype,
-            candidates=min(plan.shape),
+            frame=frame,
+            gradient_dtype=plan.gradient_dtype,
             seed=self._seed,
             name=plan.name,
             refresh=_int(state, "refreshes"),
@@ -243,6 +252,33 @@ class Refresher:
         if not owned:
             summing.wait()  # its part is done when what it sends has left
         return {name: Pending(lambda name=name: summing.wait().pop(name)) for name in owned}  # type: ignore[misc]
+
+    def _gather_rows(
+        self, plans: Sequence[MatrixPlan], blocks: Mapping[str, Sequence[Tensor]]
+    ) -> dict[str, Pending[Tensor]]:
+        """Gradients of whole matrices, on their owners: rows from the ranks in the owner's copy, in rank order."""
+        if not plans:
+            return {}
+        everyone, rank = range(self._comm.ranks.size), self._rank
+        send = [
+            [self._rows(p, blocks).reshape(-1) for p in plans if p.owner == k and rank in p.witnesses] for k in everyone
+        ]
+        owned = [p for p in plans if p.owner == rank]
+        coming = [[p for p in owned if k in p.witnesses] for k in everyone]
+        sizes = [[p.rows_of(k) * p.short for p in c] for k, c in zip(everyone, coming)]
+        arriving = self._comm.exchange(send, [sum(s) for s in sizes], plans[0].dtype, "gathered gradients")
+
+        def gather() -> dict[str, list[Tensor]]:
+            rows: dict[str, list[Tensor]] = {p.name: [] for p in owned}
+            for found, counts, values in zip(coming, sizes, arriving.wait()):
+                for plan, part in zip(found, values.split(counts)):
+                    rows[plan.name].append(part.view(-1, plan.short))
+            return rows
+
+        gathered = Pending(gather)
+        if not owned:
+            gathered.wait()  # its part is done when what it sends has left
+        return {p.name: Pending(lambda name=p.name: torch.cat(gathered.wait().pop(name))) for p in owned}  # type: ignore[misc]
 
     def _sum_on_owners(
         self,

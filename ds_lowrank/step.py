@@ -14,11 +14,11 @@ from ds_lowrank.geometry import Box
 from ds_lowrank.kernels.moments import kept_direction_
 from ds_lowrank.layouts.base import Layout
 from ds_lowrank.plan import MatrixPlan, Share
-from ds_lowrank.refresh import HISTORY, MatrixState, Refresher
+from ds_lowrank.refresh import HISTORY, MatrixState, Refresher, tensor_of
 from ds_lowrank.rows import Blocks, Rows
 from ds_lowrank.states.formats import Formats, saved_formats
 from ds_lowrank.states.rounding import Place, rounding_key
-from ds_lowrank.subspace.project import lift_, project, round_
+from ds_lowrank.subspace.project import drop_rounding_, lift_, project, round_
 from ds_lowrank.subspace.schedule import is_due
 from ds_lowrank.subspace.sides import Side, as_rows
 
@@ -145,7 +145,7 @@ class LowRankStep:
         plans = [p for p in plans if p.name in states]
         rows = self._rows.collect(plans, self._gradient).wait()
         for plan, basis in zip(plans, self._bases.stream(plans, states)):
-            product = None if basis is None else self._project(rows[plan.name], basis)
+            product = None if basis is None else self._project(plan, states[plan.name], rows[plan.name], basis)
             before = self._projected.get(plan.name)
             self._projected[plan.name] = product if before is None or product is None else before.add_(product)
 
@@ -205,7 +205,7 @@ class LowRankStep:
             gradient = self._projected.pop(plan.name, None)
             if basis is not None:
                 if gradient is None:
-                    gradient = self._project(rows.pop(plan.name), basis)
+                    gradient = self._project(plan, state, rows.pop(plan.name), basis)
                 self._step_matrix(plan, state, gradient, basis, groups[plan.group], updates)
         return self._rows.deliver(
             plans,
@@ -248,9 +248,16 @@ class LowRankStep:
             lift_(as_rows(update, plan.side), direction[whole_rows:], basis, step_size, keep=0.0)
             updates[plan.name] = update
 
-    def _project(self, blocks: Sequence[Tensor], basis: Tensor) -> Tensor:
+    def _project(self, plan: MatrixPlan, state: MatrixState, blocks: Sequence[Tensor], basis: Tensor) -> Tensor:
         """R from the blocks of the gradient's rows."""
-        products = [project(block.to(self._device), basis) for block in blocks]
+        indices = tensor_of(state, "indices")
+        filled_up = int(indices[0]) >= 0 > int(indices[-1])  # a basis of a gradient that had too few directions
+        products = []
+        for block in blocks:
+            block = block.to(self._device)
+            products.append(project(block, basis))
+            if filled_up:
+                drop_rounding_(products[-1], block, indices < 0, plan.gradient_dtype)
         return products[0] if len(products) == 1 else torch.cat(products)
 
     def _direction(self, state: MatrixState, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:

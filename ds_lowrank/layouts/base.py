@@ -137,6 +137,13 @@ class Layout(Protocol):
         """Dtype of the weights that the optimizer is given for a parameter; the same on all ranks."""
         ...
 
+    def gradient_dtype(self, name: str) -> torch.dtype:
+        """Dtype in which the model computes a parameter's gradient; the same on all ranks.
+
+        It may come in a wider one. Autocast computes in a narrower one than this says.
+        """
+        ...
+
     def unit(self, name: str) -> int:
         """Parameters with the same number step in the same call of ``step()``."""
         ...

@@ -48,6 +48,9 @@ class ReplicatedLayout:
     def dtype(self, name: str) -> torch.dtype:  # noqa: D102
         return self._members[name].parameter.dtype
 
+    def gradient_dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        return self._members[name].parameter.dtype
+
     def unit(self, name: str) -> int:  # noqa: D102
         return 0
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ds_lowrank.layouts.base import LayoutError, Member, Piece, Ranks, Tensors, checksum, same_device
@@ -91,6 +92,7 @@ class Fsdp2Layout:
             piece = _piece(m, parameter.placements)
             if piece.start < piece.stop:
                 self.pieces[m.name] = piece
+        self._gradient_dtypes = _mixed_precision()
         self._mesh: Any = mesh
         same_device({name: p.to_local() for name, p in self._parameters.items()})
         self.ranks = _ranks(mesh)
@@ -105,6 +107,9 @@ class Fsdp2Layout:
 
     def dtype(self, name: str) -> torch.dtype:  # noqa: D102
         return self._parameters[name].dtype
+
+    def gradient_dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        return self._gradient_dtypes.get(id(self._parameters[name]), self._parameters[name].dtype)
 
     def unit(self, name: str) -> int:  # noqa: D102
         return 0
@@ -192,6 +197,20 @@ def _piece(m: Member, placements: Sequence[Placement]) -> Piece:
         )
     mesh = parameter.device_mesh
     return chunk_piece(m.shape, last.dim, mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1))
+
+
+def _mixed_precision() -> dict[int, torch.dtype]:
+    """The narrowest dtype that a gradient goes through, by the id of the sharded parameter, where it is another one."""
+    found: dict[int, torch.dtype] = {}
+    for reference in list(_module_state_mapping.values()):
+        state: Any = reference()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in [g for g in groups if g is not None]:
+            dtypes = [d for d in (group.mp_policy.param_dtype, group.mp_policy.reduce_dtype) if d is not None]
+            for sharded in (p.sharded_param for p in group.fsdp_params):
+                coarsest = max([sharded.dtype, *dtypes], key=lambda dtype: torch.finfo(dtype).eps)
+                found[id(sharded)] = coarsest
+    return found
 
 
 def _numel_of(piece: Piece, shape: tuple[int, ...]) -> int:

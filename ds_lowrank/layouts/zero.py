@@ -72,6 +72,9 @@ class ZeroLayout:
     def dtype(self, name: str) -> torch.dtype:  # noqa: D102
         return self._flats[self._members[name].group].dtype
 
+    def gradient_dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        return self._members[name].parameter.dtype
+
     def unit(self, name: str) -> int:  # noqa: D102
         return self._members[name].group
 

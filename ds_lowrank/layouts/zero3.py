@@ -80,6 +80,9 @@ class Zero3Layout:
     def dtype(self, name: str) -> torch.dtype:  # noqa: D102
         return self._zero.fp32_partitioned_groups_flat[self._places[name][0]].dtype
 
+    def gradient_dtype(self, name: str) -> torch.dtype:  # noqa: D102
+        return self._members[name].parameter.dtype
+
     def unit(self, name: str) -> int:  # noqa: D102
         return self._places[name][0]
 

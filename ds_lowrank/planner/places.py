@@ -72,6 +72,7 @@ def find_places(model: Model, config: LowRankConfig, setup: Setup) -> Places:
         copy=(0,) * ranks,
         dealt=setup.kind == "ddp" and ranks > 1,
         dtype=lambda name: weights,
+        gradient_dtype=lambda name: weights,
         unit=lambda name: unit[name],
         stagger=config.stagger,
         wave_size=config.wave_size,

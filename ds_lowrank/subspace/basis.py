@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_lowrank.subspace.selection import generator_for, random_basis, select
-from ds_lowrank.subspace.spectrum import fix_signs, spectrum
+from ds_lowrank.subspace.selection import complement, generator_for, random_basis, select
+from ds_lowrank.subspace.spectrum import fix_signs, independent, spectrum
 
 MOMENT_POLICIES = ("keep", "project")
 
@@ -19,7 +19,8 @@ class Basis:
 
     Attributes:
         vectors: short × r, orthonormal columns, contiguous (never a view that keeps a whole decomposition alive).
-        indices: (r,) int32 on the CPU, the kept singular directions, ascending; -1 for ``random``, which keeps none.
+        indices: (r,) int32 on the CPU, the kept singular directions, ascending; -1 where a direction is none of the
+            gradient's: all of ``random``, and at the end what fills up the basis of a gradient with too few.
         captured: share of the gradient's energy ‖G‖² inside the subspace, in [0, 1].
     """
 
@@ -34,20 +35,26 @@ def draw_basis(
     selection: str,
     dtype: torch.dtype,
     *,
-    candidates: int,
+    frame: Tensor | None = None,
+    gradient_dtype: torch.dtype,
     seed: int,
     name: str,
     refresh: int,
 ) -> Basis | None:
     """Select a basis from a Gram matrix.
 
+    Where fewer than ``rank`` of the gradient's directions stand above rounding (:func:`independent`) all of these are
+    kept, whatever the selection, and the rest is drawn by the key and orthogonalised against them: equal subspaces give
+    equal bases, and what rounding has made of the null space does not matter.
+
     Args:
-        gram: short × short, float32 or float64.
-        rank: r ≤ candidates.
+        gram: side × side, float32 or float64, with side = min(m, n).
+        rank: r ≤ side.
         selection: one of ``SELECTIONS``.
         dtype: dtype of the basis.
-        candidates: min(m, n), how many singular directions the gradient has. The Gram of the longer side
-            (``reverse_std``) has a null space beside them, in which a decomposition's vectors are arbitrary.
+        frame: short × side with orthonormal columns, the coordinates of the Gram where the longer side is projected:
+            see :func:`ds_lowrank.subspace.project.gram_of_short_rows`. ``None``: side = short, no frame is needed.
+        gradient_dtype: in which the gradient was computed, perhaps narrower than what it comes in.
         seed, name, refresh: key of the draw; see :func:`generator_for`.
 
     Returns:
@@ -55,23 +62,41 @@ def draw_basis(
         keeps what it has.
     """
     generator = generator_for(seed, name, refresh)
+    short = len(gram if frame is None else frame)
     if selection == "random":
         energy = gram.diagonal().sum()
         if not bool(torch.isfinite(energy)) or float(energy) <= 0.0:
             return None
-        vectors = random_basis(gram.shape[0], rank, torch.float64, generator).to(gram)
-        captured = float((vectors * (gram @ vectors)).sum() / energy)
-        return Basis(vectors.to(dtype).contiguous(), torch.full((rank,), -1, dtype=torch.int32), captured)
+        vectors = random_basis(short, rank, torch.float64, generator).to(gram)
+        indices = torch.full((rank,), -1, dtype=torch.int32)
+        return Basis(vectors.to(dtype).contiguous(), indices, _captured(gram, frame, vectors))
     decomposed = spectrum(gram)
     if decomposed is None:
         return None
-    sigma, vectors = decomposed
-    indices = select(sigma[:candidates], rank, selection, generator)
-    on_device = indices.to(gram.device)
-    kept = fix_signs(vectors.index_select(1, on_device)).to(dtype).contiguous()
-    energy = sigma.square()
-    captured = float(energy[on_device].sum() / energy.sum())
-    return Basis(kept, indices.to(torch.int32), captured)
+    sigma, directions = decomposed
+    found = independent(sigma, gradient_dtype)
+    if found >= rank:
+        indices = select(sigma, rank, selection, generator)
+        on_device = indices.to(gram.device)
+        vectors = _in_whole(frame, directions.index_select(1, on_device))
+        energy = sigma.square()
+        captured = float(energy[on_device].sum() / energy.sum())
+    else:
+        indices = torch.arange(rank).where(torch.arange(rank) < found, -1)
+        kept = _in_whole(frame, directions[:, :found])
+        vectors = torch.cat([kept, complement(kept, rank - found, generator)], dim=1)
+        captured = _captured(gram, frame, vectors)
+    return Basis(fix_signs(vectors).to(dtype).contiguous(), indices.to(torch.int32), captured)
+
+
+def _in_whole(frame: Tensor | None, coordinates: Tensor) -> Tensor:
+    return coordinates if frame is None else frame @ coordinates
+
+
+def _captured(gram: Tensor, frame: Tensor | None, vectors: Tensor) -> float:
+    """Share of the energy inside the subspace of ``vectors`` (short × r, orthonormal)."""
+    coordinates = vectors if frame is None else frame.mT @ vectors
+    return float((coordinates * (gram @ coordinates)).sum() / gram.diagonal().sum())
 
 
 def overlap(cross: Tensor) -> float:

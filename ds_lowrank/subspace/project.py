@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
 
 from ds_lowrank.kernels import fused
 from ds_lowrank.states.rounding import Place, copy_stochastic_
+from ds_lowrank.subspace.spectrum import entry_noise
 
 # No full-size copy is ever made: rows of a matrix that are widened at once.
 _WIDENED_ROWS = 2048
@@ -48,6 +50,23 @@ def gram(a: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def gram_of_short_rows(a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """AᵀA of a matrix with fewer rows than columns, in the coordinates of its row space.
+
+    Where the longer side is projected (``reverse_std``) AᵀA is the larger of the two Grams, and all but ``rows`` of its
+    directions are null. With Aᵀ = Q R it is Q (R Rᵀ) Qᵀ, whose inner matrix costs what the shorter side costs.
+
+    Args:
+        a: rows × short, rows ≤ short, any float dtype and strides.
+        dtype: of the products.
+
+    Returns:
+        R Rᵀ, rows × rows, and the frame Q, short × rows with orthonormal columns, both in ``dtype``.
+    """
+    frame, triangle = torch.linalg.qr(a.mT.to(dtype))
+    return triangle @ triangle.mT, frame
+
+
 def project(a: Tensor, basis: Tensor) -> Tensor:
     """R = A B.
 
@@ -65,6 +84,28 @@ def project(a: Tensor, basis: Tensor) -> Tensor:
     for rows, product in zip(a.split(chunk), out.split(chunk)):
         torch.mm(rows.to(basis.dtype), basis, out=product)
     return out
+
+
+# What a row of a gradient has in a direction orthogonal to it came out as up to 3 u ‖row‖ for the unit roundoff u
+# of the product.
+_PRODUCT_NOISE = 8
+
+
+def drop_rounding_(product: Tensor, a: Tensor, drawn: Tensor, gradient_dtype: torch.dtype) -> None:
+    """Zero what rounding alone could have made of R = A B in directions that were drawn to be orthogonal to a gradient.
+
+    Adam divides by their own size and would make a full step of them, another one wherever sums are rounded otherwise.
+
+    Args:
+        product: R, rows × r; overwritten.
+        a: rows × short, any float dtype.
+        drawn: (r,) bool, the columns whose directions are none of a gradient's.
+        gradient_dtype: in which the gradient was computed.
+    """
+    product_floor = _PRODUCT_NOISE * torch.finfo(product.dtype).eps / 2
+    own_floor = entry_noise(gradient_dtype) / math.sqrt(a.shape[1])
+    floor = max(product_floor, own_floor) * torch.linalg.vector_norm(a, dim=1, keepdim=True, dtype=product.dtype)
+    product.masked_fill_((product.abs() <= floor) & drawn.to(product.device), 0.0)
 
 
 def lift_(

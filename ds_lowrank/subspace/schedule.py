@@ -40,8 +40,12 @@ def waves(costs: Sequence[int], wave_size: int) -> list[int]:
 
 
 def refresh_cost(long: int, short: int) -> int:
-    """Roughly the multiplications of a refresh: the Gram's long · short², and some 5 short³ for the eigenvectors."""
-    return short * short * (long + 5 * short)
+    """Roughly the multiplications of a refresh: the Gram's, and those for the eigenvectors of its side, some 5 side³.
+
+    It is the shorter side's Gram whichever side is projected.
+    """
+    side = min(long, short)
+    return side * side * (max(long, short) + 5 * side)
 
 
 def _count(costs: Sequence[int], wave_size: int) -> int:

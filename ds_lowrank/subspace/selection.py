@@ -45,9 +45,12 @@ def select(sigma: Tensor, rank: int, selection: str, generator: torch.Generator)
         return torch.arange(rank)
     uniform = torch.rand(sigma.numel(), dtype=torch.float64, generator=generator)
     keys = -torch.log(-torch.log(uniform))
+    weights = sigma.detach().to("cpu", torch.float64)
     if selection == "importance":
-        keys += torch.log(sigma.detach().to("cpu", torch.float64))
-    elif selection != "uniform":
+        keys += torch.log(weights)
+    elif selection == "uniform":  # among those that are the gradient's: of others the directions are arbitrary
+        keys[weights == 0] = -torch.inf
+    else:
         raise ValueError(f"selection {selection!r} draws no indices")
     return torch.argsort(keys, descending=True, stable=True)[:rank].sort().values
 
@@ -58,3 +61,21 @@ def random_basis(short: int, rank: int, dtype: torch.dtype, generator: torch.Gen
     q, r = torch.linalg.qr(gaussian)
     # Only with a positive diagonal of R is Q uniform (Mezzadri 2007); the sign convention comes after.
     return fix_signs(q * r.diagonal().sign()).to(dtype)
+
+
+def complement(kept: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Uniform draw of orthonormal directions orthogonal to others; it depends on what these span and nothing else.
+
+    Args:
+        kept: short × k, orthonormal columns.
+        count: how many to draw, ≤ short − k.
+        generator: CPU generator of the draw.
+
+    Returns:
+        short × count on the device and in the dtype of ``kept``, signs not fixed.
+    """
+    drawn = torch.randn(len(kept), count, dtype=torch.float64, generator=generator).to(kept)
+    for _ in range(2):  # once leaves ε times what was taken away (Giraud, Langou and Rozložník 2005)
+        drawn -= kept @ (kept.mT @ drawn)
+    q, r = torch.linalg.qr(drawn)
+    return q * r.diagonal().sign()

@@ -6,12 +6,12 @@ import torch
 from ds_lowrank.rules.adamw import adamw_direction_
 from ds_lowrank.subspace import spectrum as spectrum_module
 from ds_lowrank.subspace.basis import carry_moments_, draw_basis, overlap
-from ds_lowrank.subspace.project import gram, lift_, project
+from ds_lowrank.subspace.project import drop_rounding_, gram, gram_of_short_rows, lift_, project
 from ds_lowrank.subspace.schedule import is_due, phases, refresh_cost, waves
 from ds_lowrank.subspace.sides import as_rows, projected_side
 from ds_lowrank.subspace.spectrum import fix_signs, spectrum
 
-KEY = {"candidates": 16, "seed": 0, "name": "w", "refresh": 0}
+KEY = {"gradient_dtype": torch.float64, "seed": 0, "name": "w", "refresh": 0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -48,9 +48,84 @@ def test_a_rank_deficient_gradient_gives_an_orthonormal_basis_that_captures_it()
     a = torch.randn(20, 2) @ torch.randn(2, 9)
     drawn = draw_basis(gram(a, torch.float64), 5, "importance", torch.float32, **KEY)
     assert torch.allclose(drawn.vectors.mT @ drawn.vectors, torch.eye(5), atol=1e-5)
-    assert drawn.indices.tolist() == [0, 1, 2, 3, 4]  # only two weights are positive, the rest in order
+    assert drawn.indices.tolist() == [0, 1, -1, -1, -1]  # the rest is none of the gradient's
     assert torch.allclose(a @ drawn.vectors @ drawn.vectors.mT, a, atol=1e-4)
     assert drawn.captured == pytest.approx(1.0)
+
+
+def _turned(a: torch.Tensor) -> torch.Tensor:
+    """The same rows in another basis of the rows' space: AᵀA is equal but for rounding."""
+    return torch.linalg.qr(torch.randn(len(a), len(a), dtype=torch.float64))[0] @ a.double()
+
+
+@pytest.mark.parametrize("selection", ["dominant", "importance", "uniform"])
+@pytest.mark.parametrize("gradient_dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equal_subspaces_give_equal_bases(selection, gradient_dtype):
+    """Of a gradient of rank 3 the other 5 directions of the basis must not be what rounding has left in the Gram."""
+    a = torch.randn(64, 3, dtype=torch.float64) @ torch.randn(3, 32, dtype=torch.float64)
+    key = {**KEY, "gradient_dtype": gradient_dtype}
+    first, second = (
+        draw_basis(gram(x.to(gradient_dtype).double(), torch.float64), 8, selection, torch.float64, **key)
+        for x in (a, a + 1e-9 * torch.randn(64, 32))
+    )
+    if gradient_dtype == torch.float64:  # 1e-9 is a direction there
+        second = draw_basis(gram(_turned(a), torch.float64), 8, selection, torch.float64, **key)
+    assert first.indices.tolist() == second.indices.tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
+    apart = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[gradient_dtype]
+    assert torch.allclose(first.vectors, second.vectors, atol=apart)
+    assert torch.allclose(first.vectors.mT @ first.vectors, torch.eye(8, dtype=torch.float64), atol=1e-12)
+    other = draw_basis(gram(a, torch.float64), 8, selection, torch.float64, **{**KEY, "refresh": 1})
+    assert not torch.allclose(first.vectors[:, 3:], other.vectors[:, 3:], atol=0.1)
+
+
+def test_a_null_space_is_filled_only_where_directions_lack():
+    """With as many as r above the floor nothing is drawn but by the selection, whatever lies below it."""
+    a = torch.randn(64, 8, dtype=torch.float64) @ torch.randn(8, 32, dtype=torch.float64)
+    noisy = a + 1e-7 * torch.randn(64, 32, dtype=torch.float64)  # float32's rounding, or less
+    key = {**KEY, "gradient_dtype": torch.float32}
+    assert draw_basis(gram(noisy, torch.float64), 8, "dominant", torch.float64, **key).indices.tolist() == [*range(8)]
+    assert draw_basis(gram(noisy, torch.float64), 9, "dominant", torch.float64, **key).indices.tolist()[8:] == [-1]
+    drawn = draw_basis(gram(a, torch.float64), 6, "uniform", torch.float64, **KEY)  # never a direction that is none
+    assert drawn.indices.max() < 8
+    assert drawn.indices.min() >= 0
+
+
+@pytest.mark.parametrize("rank", [3, 6])
+def test_the_longer_side_is_decomposed_by_the_shorter_ones_gram(rank):
+    a = torch.randn(6, 50, dtype=torch.float64)
+    if rank == 6:
+        a = a[:, :1] @ torch.randn(1, 50, dtype=torch.float64)  # five directions are drawn
+    small, frame = gram_of_short_rows(a, torch.float64)
+    assert small.shape == (6, 6)
+    ours = draw_basis(small, rank, "importance", torch.float64, frame=frame, **KEY)
+    whole = draw_basis(gram(a, torch.float64), rank, "dominant", torch.float64, **KEY)
+    assert torch.allclose(ours.vectors.mT @ ours.vectors, torch.eye(rank, dtype=torch.float64), atol=1e-12)
+    if rank == 6:
+        assert torch.allclose(ours.vectors, whole.vectors, atol=1e-10)
+    else:
+        _, _, vt = torch.linalg.svd(a, full_matrices=False)
+        assert torch.allclose(ours.vectors, fix_signs(vt.mT[:, ours.indices.long()]), atol=1e-10)
+    share = (a @ ours.vectors).square().sum() / a.square().sum()
+    assert ours.captured == pytest.approx(float(share))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_rounding_makes_of_nothing_is_nothing(dtype):
+    """Adam divides by its own size: of 1e-9 in a direction that a gradient does not have it would make a full step."""
+    a = (torch.randn(200, 2, dtype=torch.float64) @ torch.randn(2, 96, dtype=torch.float64)).to(dtype)
+    drawn = draw_basis(gram(a, torch.float64), 8, "importance", dtype, **{**KEY, "gradient_dtype": dtype})
+    columns = drawn.indices < 0
+    product = project(a, drawn.vectors)
+    assert product[:, columns].abs().max() > 0
+    before = product.clone()
+    drop_rounding_(product, a, columns, dtype)
+    assert product[:, columns].abs().max() == 0
+    assert torch.equal(product[:, ~columns], before[:, ~columns])
+    other = torch.randn(200, 96, dtype=dtype)  # the next step's, which has something there
+    product = project(other, drawn.vectors)
+    before = product.clone()
+    drop_rounding_(product, other, columns, dtype)
+    assert torch.equal(product, before)
 
 
 def test_a_failing_decomposition_is_retried_in_float64_then_given_up(monkeypatch):
