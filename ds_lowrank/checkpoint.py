@@ -26,6 +26,7 @@ from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState, tensor_of
 from ds_lowrank.report import unwrap
 from ds_lowrank.sources import Source, WholeSource, ZeroSource, load_file, read_piece
+from ds_lowrank.targets import advise_naming
 from ds_lowrank.torch_files import dcp_tensors, model_tensors
 
 logger = logging.getLogger(__name__)
@@ -202,9 +203,9 @@ def _weights_fault(source: Source, optimizer: LowRankAdamW, others: Mapping[str,
 def _states_fault(source: Source, optimizer: LowRankAdamW) -> str | None:
     plans, formats = optimizer.plans, optimizer.formats
     here = {plan.name for plan in plans}
-    for name in source.matrices:
-        if name not in here:
-            return f"it has a low-rank state of {name}, which is not projected here: use the same optim_target_modules"
+    foreign = [name for name in source.matrices if name not in here]
+    if foreign:
+        return f"it has a low-rank state of {foreign[0]}, which is not projected here: {advise_naming(foreign)}"
     for plan in plans:
         saved = source.matrices.get(plan.name)
         if saved is None:

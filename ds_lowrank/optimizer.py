@@ -145,6 +145,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._all_groups: list[dict[str, Any]] = self.param_groups
         self._members: list[Member] = []
         self._specs: list[MatrixSpec] = []
+        self.narrow: list[str] = []  # matrices that all-linear means and that are not larger than the rank
         self._group_options: list[dict[str, Any]] = []
         for index, group in enumerate(self.param_groups):
             self._register(index, group)
@@ -180,6 +181,7 @@ class LowRankAdamW(torch.optim.Optimizer):
                 raise ValueError(f"group {index}: the parameter name {name!r} is taken already: names must be unique")
             shapes[name] = whole_shape(parameter)
             self._members.append(Member(name, parameter, shapes[name], index))
+        self.narrow += group.pop("narrow", [])  # not a part of checkpoints, as what stays in a group is
         if group.get("rank") is not None:
             group.setdefault("scale", self.config.scale)
             self._specs += make_specs(index, group, shapes, self.config)

@@ -27,6 +27,7 @@ class Report:
         projected_numel: weights in projected matrices.
         full_rank: names and shapes of the parameters that are not projected.
         full_rank_numel: weights in them.
+        narrow: names of those of them that ``all-linear`` means and whose short side does not exceed the rank.
         shared: projected matrices that lie on several ranks.
         moved: of which rows have to move in every step.
         state_bytes: optimizer state of each rank: moments, bases, and AdamW's moments of the rest.
@@ -40,6 +41,7 @@ class Report:
     projected_numel: int
     full_rank: list[tuple[str, tuple[int, ...]]]
     full_rank_numel: int
+    narrow: list[str]
     shared: int
     moved: int
     state_bytes: list[int]
@@ -113,6 +115,7 @@ def make_report(optimizer: LowRankAdamW) -> Report:
         projected_numel=sum(p.shape[0] * p.shape[1] for p in plans),
         full_rank=[(m.name, m.shape) for m in rest],
         full_rank_numel=sum(numel[m.name] for m in rest),
+        narrow=list(optimizer.narrow),
         shared=sum(p.shared for p in plans),
         moved=sum(p.moves for p in plans),
         state_bytes=[state + full for state in low],
@@ -133,13 +136,16 @@ def print_report(report: Report, console: Console | None = None, most_names: int
         table.add_row(f"{m} x {n}", str(count), str(r), f"{m * n * count:,}")
     table.add_row("all", str(sum(report.projected.values())), "", f"{report.projected_numel:,}", style="bold")
     console.print(table)
-    names = [f"{name} {shape}" for name, shape in report.full_rank[:most_names]]
-    more = len(report.full_rank) - len(names)
+    names = [f"{name} {shape}" for name, shape in report.full_rank]
     console.print(
         f"not projected (AdamW): {len(report.full_rank)} parameters, {report.full_rank_numel:,} weights: "
-        + ", ".join(names)
-        + (f", and {more} more" if more > 0 else "")
+        + _first(names, most_names)
     )
+    if report.narrow:
+        console.print(
+            f"of these, linear but with a short side not above the rank, so that a subspace saves nothing: "
+            f"{len(report.narrow)}: " + _first(report.narrow, most_names)
+        )
     ours, adamw = max(report.state_bytes), max(report.adamw_bytes)
     console.print(
         f"optimizer state per rank: {_mib(ours)} MiB, AdamW under the same sharding: {_mib(adamw)} MiB "
@@ -159,6 +165,11 @@ def _state_bytes(plan: MatrixPlan, rank: int, formats: Formats) -> int:
 def _held(plan: MatrixPlan, rank: int) -> int:
     part = plan.parts[rank]
     return 0 if part is None else part.numel
+
+
+def _first(names: list[str], most: int) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f", and {more} more" if more > 0 else "")
 
 
 def _mib(count: int) -> str:

@@ -42,6 +42,7 @@ from transformers.modeling_utils import set_zero3_state
 import ds_lowrank
 from ds_lowrank.integrations.transformers import check_layerwise
 from ds_lowrank.layouts import whole_shape
+from ds_lowrank.targets import find_targets
 
 
 def main(argv: list[str]) -> int:
@@ -85,7 +86,7 @@ def set_up(argv: list[str]) -> tuple[PretrainTrainer, ds_lowrank.LowRankConfig]:
     config = low_rank_config(low_rank_options, args, model)
     if config.layerwise:
         check_layerwise(args)
-    projected = ds_lowrank.projected_names(model, config)
+    projected = [target.name for target in find_targets(model, config).projected]
     if args.optimizer == "frozen":
         freeze(model, projected)
     trainer = build_trainer(model, config, data, data_args, args)
