@@ -66,7 +66,7 @@ class Case:
             step; ``None``: in all. Of stacked experts the first gets no input and the second one direction.
         silent: how many first steps leave layer 0 without a gradient.
         dropped: name of a parameter whose gradient odd ranks lose before every step; the reference sees zeros there.
-        targets: ``optim_target_modules``.
+        targets: ``optim_target_modules``; all by name, since ``all-linear`` leaves out what is not larger than r.
         wide_on_columns: FSDP2 shards matrices along the side that suits the projection.
         offload: weights and states on the CPU.
         layerwise: step in the backward pass.
@@ -96,7 +96,7 @@ class Case:
     directions: int | None = None
     silent: int = 0
     dropped: str | None = None
-    targets: str = "all-linear"
+    targets: str = "layers"
     wide_on_columns: bool = False
     offload: bool = False
     layerwise: bool = False

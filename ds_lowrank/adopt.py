@@ -12,6 +12,7 @@ from ds_lowrank.pieces import EIGHT_BIT_KEY, STATE_KEY
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState
 from ds_lowrank.step import LowRankStep
+from ds_lowrank.targets import advise_naming
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,10 @@ def adopt_states(
         ValueError: on all ranks, when a state does not fit, or ranks disagree.
     """
     known = {plan.name for plan in plans}
-    wrong = [f"it has {name!r}, which is no projected parameter here" for name in states if name not in known]
+    foreign = [name for name in states if name not in known]
+    wrong = (
+        [f"it has {foreign[0]!r}, which is no projected parameter here ({advise_naming(foreign)})"] if foreign else []
+    )
     for plan in plans:
         if plan.name in states:
             fault = stepper.fit_state(plan, states[plan.name])
@@ -84,8 +88,8 @@ def take_entries(
         name -> entry, and the state dict without them; nothing is taken where states hang on a key of their own.
 
     Raises:
-        ValueError: names are in another order, an entry is empty, or there are 8-bit moments and ``eight_bit`` is not
-            set.
+        ValueError: names are in another order, something was projected that is not here, an entry is empty, or there
+            are 8-bit moments and ``eight_bit`` is not set.
     """
     state = state_dict["state"]
     if not eight_bit and EIGHT_BIT_KEY in state:
@@ -93,7 +97,10 @@ def take_entries(
     ids = [key for group in state_dict["param_groups"] for key in group["params"]]
     if STATE_KEY in state or len(ids) != len(members):
         return {}, state_dict
-    _check_names([group.get("param_names") for group in state_dict["param_groups"]], members)
+    groups = state_dict["param_groups"]
+    named = {key: name for g in groups for key, name in zip(g["params"], g.get("param_names") or ())}
+    _check_projected(named, state, projected)
+    _check_names([group.get("param_names") for group in groups], members)
     taken = {key: m.name for key, m in zip(ids, members) if (eight_bit or m.name in projected) and key in state}
     loaded = {name: state[key] for key, name in taken.items()}
     _check_entries(loaded)
@@ -101,6 +108,25 @@ def take_entries(
     if any("exp_avg_codes" in entry for entry in rest.values()):
         raise ValueError(_CODES)
     return loaded, {**state_dict, "state": rest}
+
+
+def _check_projected(names: Mapping[Any, str], state: Mapping[Any, Any], projected: set[str]) -> None:
+    """Refuse low-rank states of what is trained full-rank here: those would be taken for AdamW's.
+
+    Args:
+        names: key in ``state`` -> name of the parameter, of those that have one.
+        state: key -> entry of a parameter.
+        projected: names of the parameters that are projected here.
+
+    Raises:
+        ValueError: naming the first of them, with what to set.
+    """
+    foreign = [n for key, n in names.items() if n not in projected and "indices" in (state.get(key) or ())]
+    if foreign:
+        raise ValueError(
+            f"the loaded optimizer state has a low-rank state of {foreign[0]}, which is not projected here: "
+            + advise_naming(foreign)
+        )
 
 
 def _check_names(saved: Sequence[Sequence[str] | None], members: Sequence[Member]) -> None:

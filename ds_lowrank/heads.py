@@ -16,7 +16,7 @@ _HEAD = re.compile(r"(.*_)?(lm_head|classifier|score)|embed_out|output_projectio
 # Names that mean one outside of the layers only: within them a "head" is one of attention's.
 _OUTER_HEAD = re.compile(
     r"(.*_)?(heads?|logits|predictions)|cls|qa_outputs|seq_relationship|logits_proj|lm_loss|proj_out|"
-    r"vocab_(transform|projector)|class_embed|bbox_embed|bbox_predictor"
+    r"vocab_(transform|projector)|class_embed|bbox_embed|bbox_predictor|ctc_proj|decoder_pred"
 )
 # Names that are a head's where it is a linear layer outside of the others: torchtitan's, torchvision's.
 _OUTER_LINEAR = ("output", "fc")
