@@ -173,6 +173,14 @@ def test_a_head_is_known_by_what_it_is(model, projected):
     assert chosen(model) == projected
 
 
+def test_a_head_is_what_a_model_in_the_model_says_or_what_shares_its_weight_with_an_embedding():
+    inner = Trunk(unembed=nn.Linear(8, 33), more=nn.ModuleList([nn.Linear(8, 20, bias=False)]))
+    assert "inner.unembed" in chosen(nn.ModuleDict({"inner": inner}))
+    inner.get_output_embeddings = lambda: inner.unembed
+    inner.more[0].weight = inner.tok_embeddings.weight
+    assert chosen(nn.ModuleDict({"inner": inner})) == [f"inner.{name}" for name in LAYERS]
+
+
 def test_labels_are_the_configurations():
     model = Trunk(dense=nn.Linear(8, 8), out=nn.Linear(8, 11))
     assert chosen(model) == [*LAYERS, "dense", "out"]
