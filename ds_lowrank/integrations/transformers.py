@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
 from ds_lowrank.config import LowRankConfig
+from ds_lowrank.integrations.by_hand import built_by_trainer as _built_by_trainer
 from ds_lowrank.integrations.checkpoints import CheckpointCallback
 from ds_lowrank.integrations.ddp import exclude_from_ddp
 from ds_lowrank.integrations.deepspeed import build_optimizer, check_deepspeed_config
 from ds_lowrank.integrations.fsdp import check_fsdp_config
-from ds_lowrank.optimizer import LowRankAdamW, construction_checks
+from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.report import describe, unwrap
-
-_trainer_builds: ContextVar[bool] = ContextVar("_trainer_builds", default=False)
 
 
 def trainer_optimizer(
@@ -227,29 +224,3 @@ def _deepspeed_config(args: Any) -> dict[str, Any] | None:
     if wrapped is None:  # what accelerate launch brings
         wrapped = getattr(getattr(args, "deepspeed_plugin", None), "hf_ds_config", None)
     return None if wrapped is None else wrapped.config
-
-
-@contextmanager
-def _built_by_trainer() -> Iterator[None]:
-    token = _trainer_builds.set(True)
-    try:
-        yield
-    finally:
-        _trainer_builds.reset(token)
-
-
-def _refuse_what_the_trainer_would_drop() -> None:
-    """Under DeepSpeed the Trainer replaces ``optimizers=(optimizer, None)`` by AdamW without a word: stop here."""
-    integration = sys.modules.get("transformers.integrations.deepspeed")
-    reference = getattr(integration, "_hf_deepspeed_config_weak_ref", None)
-    if reference is None or _trainer_builds.get():
-        return
-    if type(reference()).__name__ == "HfTrainerDeepSpeedConfig":
-        raise ValueError(
-            "a LowRankAdamW made by hand does not reach a Trainer that runs DeepSpeed: it silently replaces "
-            "optimizers=(optimizer, None) by AdamW. Use "
-            "Trainer(..., optimizer_cls_and_kwargs=ds_lowrank.trainer_optimizer(config))"
-        )
-
-
-construction_checks.append(_refuse_what_the_trainer_would_drop)

@@ -6,12 +6,20 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_lowrank.layouts.base import Group, Layout, LayoutError, Member, ParameterLayout, Piece, Ranks
+from ds_lowrank.layouts.base import (
+    Group,
+    Layout,
+    LayoutError,
+    Member,
+    ParameterLayout,
+    Piece,
+    Ranks,
+    is_dtensor,
+    local_tensors,
+)
 from ds_lowrank.layouts.ddp import ReplicatedLayout, check_excluded, ignore_in_ddp
-from ds_lowrank.layouts.fsdp import Fsdp2Layout, is_fsdp2, local_tensors, long_side_placement, write_shard
 from ds_lowrank.layouts.zero import BF16_MASTER, ZeroLayout, is_zero12
 from ds_lowrank.layouts.zero3 import Zero3Layout, check_partitioned, is_zero3, write_partition
 
@@ -28,8 +36,8 @@ __all__ = [
     "check_excluded",
     "find_layout",
     "ignore_in_ddp",
+    "is_dtensor",
     "local_tensors",
-    "long_side_placement",
     "whole_shape",
     "write_parameter",
 ]
@@ -48,7 +56,9 @@ def write_parameter(parameter: Tensor, read: Callable[[int, int], Tensor], rank:
         read: gives elements [start, stop) of the flattened whole, in any floating dtype.
         rank: this rank among those that share the model.
     """
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
+        from ds_lowrank.layouts.fsdp import write_shard  # DTensors take half as long to import as torch does
+
         write_shard(parameter, read)
     elif hasattr(parameter, "ds_tensor"):
         write_partition(parameter, read, rank)
@@ -105,6 +115,8 @@ def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> tuple[Lay
             "the optimizer's parameters were replaced by something that is none of ZeRO-1, 2, 3 and FSDP2: this "
             "DeepSpeed stage, precision or wrapper is not supported (stage 0 in fp16 or bf16 is such a case)"
         )
-    if is_fsdp2(members):
+    if any(is_dtensor(m.parameter) for m in members):
+        from ds_lowrank.layouts.fsdp import Fsdp2Layout  # see above
+
         return Fsdp2Layout(members), list(members)
     return ReplicatedLayout(members), list(members)

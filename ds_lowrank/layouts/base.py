@@ -6,7 +6,8 @@ of the weights and one of the gradient. Nothing above assumes that the weights a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -207,6 +208,17 @@ class Tensors:
                 "(the first step): prepare model and optimizer first"
             )
         return self._names[id(tensor)]
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is a DTensor, without importing what takes half as long as torch does: who has one has it imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return isinstance(tensor, getattr(module, "DTensor", ()))
+
+
+def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The memory on this rank of tensors that may be DTensors."""
+    return [t.to_local() if is_dtensor(t) else t for t in tensors]  # type: ignore[attr-defined]
 
 
 def checksum(tensor: Tensor) -> int:

@@ -15,11 +15,6 @@ from ds_lowrank.layouts.cuts import chunk_piece
 from ds_lowrank.subspace.sides import projected_side
 
 
-def is_fsdp2(members: Sequence[Member]) -> bool:
-    """Whether some of these parameters are DTensors."""
-    return any(isinstance(m.parameter, DTensor) for m in members)
-
-
 def long_side_placement(
     ranks: int, proj_type: str = "std", min_numel: int = 1 << 16
 ) -> Callable[[nn.Parameter], Shard | None]:
@@ -171,11 +166,6 @@ def write_shard(parameter: Any, read: Callable[[int, int], Tensor]) -> None:
     else:
         whole = read(0, parameter.numel()).view(shape)
         flat.copy_(whole.narrow(piece.dim, piece.start, piece.stop - piece.start).reshape(-1))
-
-
-def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The memory on this rank of tensors that may be DTensors."""
-    return [_local(t) for t in tensors]
 
 
 def _local(tensor: Tensor) -> Tensor:
