@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import json
 import re
 import shlex
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from arguments import DataArguments, LowRankArguments, ModelArguments, PretrainArguments
+from test_families import FAMILIES
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 import ds_lowrank
 from ds_lowrank import cli
+from ds_lowrank.planner.model import read_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -184,3 +190,123 @@ def test_messages_are_those_of_the_code():
     for message in messages:
         for piece in message.split("..."):
             assert any(piece.strip() in string for string in strings), message
+
+
+# ---- figures: sizes of models, defaults of options ----
+
+
+def _weights(size: str, vocabulary: int | None = None) -> int:
+    content = json.loads((ROOT / "configs" / f"llama_{size}.json").read_text())
+    return read_model({**content, **({"vocab_size": vocabulary} if vocabulary else {})}).numel
+
+
+def _flag(name: str) -> Any:
+    return HfArgumentParser((DataArguments, LowRankArguments, PretrainArguments)).get_default(name)
+
+
+def _default(function: Callable[..., Any], option: str) -> Any:
+    return inspect.signature(function).parameters[option].default
+
+
+def _gap() -> int:
+    """The one of launch/pretrain.py and of every file of configurations."""
+    found = {int(gap) for gap in re.findall(r'"update_proj_gap": (\d+)', (ROOT / "launch" / "pretrain.py").read_text())}
+    blocks = [json.loads(path.read_text()).get("lowrank") for path in (ROOT / "configs").glob("*.json")]
+    found |= {block["update_proj_gap"] for block in blocks if block}
+    (gap,) = found
+    return gap
+
+
+def _first_run() -> list[str]:
+    """Mean, smallest and largest perplexity of SARA, AdamW and the frozen run, as the results have them."""
+    page = (ROOT / "benchmarks" / "results" / "first_run.md").read_text()
+    rows = dict(re.findall(r"^\| (\w+) \| [\d.]+ \| ([\d.]+ \| [\d.]+ \| [\d.]+) \| [\d.]+ \|$", page, re.MULTILINE))
+    return [figure for name in ("lowrank", "adamw", "frozen") for figure in rows[name].split(" | ")]
+
+
+SPREAD = r"([\d.]+) \(([\d.]+) to ([\d.]+)"
+# What a page says -> what is. Every phrase stands somewhere, and wherever it stands it is right.
+FIGURES: dict[str, Callable[[], list[Any]]] = {
+    r"LLaMA of ([\d.]+[MB]) weights": lambda: [_weights("9m", _flag("vocab_size"))],
+    r"1600 steps and ([\d.]+[MB]) weights": lambda: [_weights("9m", _flag("vocab_size"))],
+    r"the smallest, which is the default, has ([\d.]+[MB]) with (\d+) tokens": lambda: [
+        _weights("9m", _flag("vocab_size")),
+        _flag("vocab_size"),
+    ],
+    r"llama_9m.json`, which has ([\d.]+[MB]) with the vocabulary of its family, and (\d+) tokens here": lambda: [
+        _weights("9m"),
+        _flag("vocab_size"),
+    ],
+    r"family's sizes, ([\d.]+M), ([\d.]+M), ([\d.]+M), ([\d.]+M), ([\d.]+B) and ([\d.]+B) weights with a vocabulary of "
+    r"([\d,]+)": lambda: [*(_weights(size) for size in ("9m", "60m", "130m", "350m", "1b", "7b")), 32000],
+    r"llama_7b, ([\d,]+) weights": lambda: [_weights("7b")],
+    r"Its default is (1e-\d+) in both": lambda: [_default(ds_lowrank.LowRankAdamW, "eps")],
+    r"`adam_epsilon`, (1e-\d+) unless set": lambda: [_default(TrainingArguments, "adam_epsilon")],
+    r"(\d+) steps of (\d+) sequences of (\d+) tokens a rank, a tokenizer of (\d+) tokens": lambda: [
+        _flag("max_steps"),
+        _flag("per_device_train_batch_size"),
+        _flag("max_length"),
+        _flag("vocab_size"),
+    ],
+    r"`--batch_size` is of one rank, (\d+) unless given": lambda: [_flag("per_device_train_batch_size")],
+    r"`--max_length` (\d+) and the tokenizer a byte-level BPE of `--vocab_size` (\d+)": lambda: [
+        _flag("max_length"),
+        _flag("vocab_size"),
+    ],
+    r"`--eval_sequences` \((\d+)\)": lambda: [_flag("eval_sequences")],
+    r"`--ddp_timeout` \((\d+) seconds\)": lambda: [_flag("ddp_timeout")],
+    r"`launch/pretrain.py` and `configs/` have (\d+)": lambda: [_gap()],
+    r"in waves of (\d+) matrices": lambda: [ds_lowrank.LowRankConfig().wave_size],
+    r"less than ([\d,]+) weights by rows \(`min_numel`\)": lambda: [
+        _default(ds_lowrank.long_side_placement, "min_numel")
+    ],
+    r"end the run with code (\d+)": lambda: [ds_lowrank.PREEMPTED_EXIT_CODE],
+    r"exit with (\d+) \(`ds_lowrank": lambda: [ds_lowrank.PREEMPTED_EXIT_CODE],
+    rf"SARA ends at a validation perplexity of {SPREAD} over three seeds\), full-rank AdamW at {SPREAD}\), with the "
+    rf"projected matrices frozen {SPREAD}\)": _first_run,
+    r"in (\d+) families of Transformers": lambda: [len({family.kind for family in FAMILIES})],
+}
+
+
+def _agrees(said: str, true: Any) -> bool:
+    """Whether a figure is a number rounded to as many digits as it has."""
+    number, unit = said.replace(",", ""), 1.0
+    if number[-1] in "MB":
+        number, unit = number[:-1], {"M": 1e6, "B": 1e9}[number[-1]]
+    last = 0.0 if "e" in number else 10.0 ** -len(number.partition(".")[2])
+    return abs(float(number) - float(true) / unit) <= last / 2 * (1 + 1e-9) or float(number) == float(true) / unit
+
+
+@pytest.mark.parametrize("phrase", FIGURES)
+def test_a_figure_is_what_the_code_says(phrase):
+    results = [ROOT / "benchmarks" / "results" / "low_bit_loss.md"]
+    texts = {page.name: " ".join(page.read_text().split()) for page in [*PAGES, *results]}
+    said = [(name, found.groups()) for name, text in texts.items() for found in re.finditer(phrase, text)]
+    true = FIGURES[phrase]()
+    assert said
+    assert all(len(figures) == len(true) for _, figures in said)
+    wrong = [(name, figures) for name, figures in said if not all(map(_agrees, figures, true))]
+    assert not wrong, f"it is {true}"
+
+
+def test_figures_agree_to_their_last_digit():
+    assert _agrees("1.07M", 1_066_112)
+    assert _agrees("32,000", 32000)
+    assert _agrees("1e-6", 1e-6)
+    assert not _agrees("1.06M", 1_066_112)
+    assert not _agrees("9M", 1_066_112)
+    assert not _agrees("1e-8", 1e-6)
+
+
+def test_the_table_of_options_has_their_defaults():
+    page = (ROOT / "README.md").read_text()
+    table = page.split("| option | default | meaning |\n|---|---|---|\n")[1].split("\n\n")[0]
+    said: dict[str, str] = {}
+    for row in table.splitlines():
+        options, defaults = row.split(" | ")[:2]
+        names = re.findall(r"`(\w+)`", options)
+        values = [value.strip("` ") for value in defaults.split(", ")]
+        said.update(zip(names, values * len(names) if len(values) == 1 else values))
+    config = ds_lowrank.LowRankConfig().to_dict()
+    shown = {name: "unset" if v is None else v if isinstance(v, str) else json.dumps(v) for name, v in config.items()}
+    assert said == shown
