@@ -57,11 +57,14 @@ class AdamW8bit:
         self.shapes = {m.name: m.shape for m in members}
         self._rounding = rounding
         for m in members:
-            if layout.dtype(m.name) == torch.float64:
+            dtype = layout.dtype(m.name)
+            if dtype == torch.float64:
                 raise LayoutError(
                     f"{m.name} {m.shape} is float64, and state_dtype 'int8' is read as float32: use fp32 (which keeps "
                     "float64 for float64 weights), or float32 weights"
                 )
+            if dtype.is_complex:
+                raise LayoutError(f"{m.name} {m.shape} is {dtype}, of which state_dtype 'int8' has no codes: use fp32")
         self.runs = {name: self._runs(name, layout.pieces) for name in self.shapes}
         self.cut_counts = dict.fromkeys(self.shapes, 0)
         self._cuts: dict[str, Cut] = {}
@@ -161,6 +164,7 @@ class AdamW8bit:
                 narrow.copy_(wide)
             for quantity, moment in zip(MOMENTS, (exp_avg, exp_avg_sq)):
                 self._write(state, quantity, moment, at, slot, part)
+        self.layout.store(name, weights)
 
     def _read(self, state: State, quantity: str, at: int, slot: int, part: Runs) -> Tensor:
         form = FORMATS[quantity]

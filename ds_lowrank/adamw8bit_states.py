@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ds_lowrank.adamw8bit import FORMATS, AdamW8bit, State
+from ds_lowrank.adopt import count_of, moments_fault, refuse_together, tensor_name, wholes
 from ds_lowrank.comm import Comm
-from ds_lowrank.full_rank import MOMENTS, Rounding
+from ds_lowrank.full_rank import MOMENTS, Rounding, held_part
 from ds_lowrank.layouts import Layout, Member, ParameterLayout, Piece, local_tensors
 from ds_lowrank.pieces import EIGHT_BIT_KEY
 from ds_lowrank.sources import Source, read_piece
@@ -72,33 +73,36 @@ class EightBitFullRank:
             ValueError: on all ranks, when something does not fit.
         """
         adam, loaded = self.adam, states.get(EIGHT_BIT_KEY, {})
-        flats = {tensor: states.pop(tensor) for tensor in list(states) if isinstance(tensor, Tensor)}
+        layout = cast(ParameterLayout, adam.layout)
+        flats = {tensor: state for tensor, state in states.items() if isinstance(tensor, Tensor)}
         wide = {
             name: (tensor, state)
             for tensor, state in flats.items()
-            if "exp_avg" in state
+            if state != {}
             for name in adam.layout.names_in(tensor)
             if name in adam.shapes and name not in loaded and name not in entries
         }
         coded = {name for name, entry in entries.items() if all(key in entry for key in _CODES)}
         narrow = [name for name in adam.shapes if name in wide or (name in entries and name not in coded)]
-        self._agree(loaded, entries, narrow)
+        self._agree(loaded, entries, wide, coded)
+        for tensor in flats:
+            del states[tensor]
         adopted = {name: adam.new_state(name) for name in adam.shapes if adam.keeps(name)}
         values: dict[str, list[Tensor]] = {}
         for name, own in loaded.items():
-            _fill(adopted[name], own)
+            _fill(adopted[name], {key: own[key] for key in adopted[name]})
         for name, entry in entries.items():
-            adopted[name]["step"] = int(entry["step"])
+            adopted[name]["step"] = count_of(entry["step"])
             if name in coded:
-                _fill(adopted[name], {key: _local(adam, name, entry[key]) for key in _CODES})
+                _fill(adopted[name], {key: held_part(layout, name, entry[key]) for key in _CODES})
                 _fill_scales(adam, name, adopted[name], {key: entry[key] for key in _SCALES}, 0)
                 continue
-            numbers = [_local(adam, name, entry[key]) for key in MOMENTS]
+            numbers = [held_part(layout, name, entry[key]) for key in MOMENTS]
             if adam.runs[name].numel:
                 values[name] = numbers
         for name, (tensor, state) in wide.items():
             if name in adopted:
-                adopted[name]["step"] = int(state["step"])
+                adopted[name]["step"] = count_of(state["step"])
             if adam.runs[name].numel:
                 _, offset = adam.layout.place(name)
                 flat = [state[key].to(tensor.device).reshape(-1) for key in MOMENTS]
@@ -107,20 +111,24 @@ class EightBitFullRank:
         states[EIGHT_BIT_KEY] = adopted
 
     def _agree(
-        self, loaded: Mapping[str, State], entries: Mapping[str, Mapping[str, Any]], narrow: Sequence[str]
+        self,
+        loaded: Mapping[str, State],
+        entries: Mapping[str, Mapping[str, Any]],
+        wide: Mapping[str, tuple[Tensor, Any]],
+        coded: set[str],
     ) -> None:
-        faults = [_state_fault(self.adam, name, state) for name, state in loaded.items()]
-        faults += [_entry_fault(self.adam, name, entry) for name, entry in entries.items()]
+        adam = self.adam
+        faults = [_state_fault(adam, name, state) for name, state in loaded.items()]
+        faults += [_entry_fault(adam, name, entry) for name, entry in entries.items()]
+        for tensor, state in {id(tensor): (tensor, state) for tensor, state in wide.values()}.values():
+            faults.append(moments_fault(tensor_name(adam.layout.names_in(tensor)), tensor, state, MOMENTS))
         found = [fault for fault in faults if fault]
-        answers = self.adam.comm.gather_objects((found[:1], sorted(entries), narrow), "checkpoint")
-        for rank, (wrong, *theirs) in enumerate(answers):
-            if wrong or (theirs != list(answers[0][1:]) and not answers[0][0]):
-                text = wrong[0] if wrong else "it has moments of other parameters than rank 0, or in another format"
-                raise ValueError(
-                    f"the loaded optimizer state does not fit this run (rank {rank}): {text}. Resume with the same "
-                    "model and number of ranks, each rank its own state; ds_lowrank.load_checkpoint goes on with what "
-                    "another number of ranks or another layout has saved"
-                )
+        alike = dict.fromkeys(wide, "moments as numbers")
+        for name, entry in entries.items() if not found else ():
+            keys = (*_CODES, *_SCALES) if name in coded else MOMENTS
+            steps = f", {count_of(entry['step'])} steps" if adam.layout.dealt else ""
+            alike[name] = f"{keys[0]}{'' if wholes(entry, keys) == {True} else ', sharded'}{steps}"
+        refuse_together(adam.comm, found, alike)
 
     def load(self, states: MutableMapping[Any, Any], source: Source) -> None:
         """States of this rank from a checkpoint of any layout; what it has nothing of starts anew. Collective."""
@@ -167,16 +175,17 @@ def _whole_scales(adam: AdamW8bit, name: str, scales: Sequence[Tensor]) -> list[
 def _state_fault(adam: AdamW8bit, name: str, state: State) -> str | None:
     if name not in adam.shapes or not adam.keeps(name):
         return f"it has {name!r}, of which this rank has nothing that is not projected"
+    if not isinstance(state, Mapping):
+        return f"the state of {name} {adam.shapes[name]} is of type {type(state).__name__}, not a mapping"
     expected = adam.new_state(name)
     for key, fresh in expected.items():
         if key not in state:
             return f"{name} {adam.shapes[name]} has no {key}"
-        found = state[key]
-        if isinstance(fresh, Tensor) and (found.shape != fresh.shape or found.dtype != fresh.dtype):
-            return (
-                f"{key} of {name} {adam.shapes[name]} is {tuple(found.shape)} {found.dtype}, not {tuple(fresh.shape)} "
-                f"{fresh.dtype}"
-            )
+        if isinstance(fresh, Tensor):
+            if fault := _tensor_fault(f"{key} of {name} {adam.shapes[name]}", state[key], fresh.shape, fresh.dtype):
+                return fault
+        elif count_of(state[key]) is None:
+            return f"{key} of {name} {adam.shapes[name]} is {state[key]!r}, not a whole number >= 0"
     if state["start"] != expected["start"]:
         return f"of {name} {adam.shapes[name]} it has what begins at {state['start']}, not at {expected['start']}"
     return None
@@ -186,33 +195,24 @@ def _entry_fault(adam: AdamW8bit, name: str, entry: Mapping[str, Any]) -> str | 
     shape = adam.shapes.get(name)
     if shape is None:
         return f"it has {name!r}, which is no parameter here that is not projected"
-    blocks = (count(torch.Size(shape).numel()),)
-    expected: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(_CODES, (shape, torch.uint8))
-    expected.update(dict.fromkeys(_SCALES, (blocks, torch.float32)))
+    expected = {key: (torch.Size(shape), torch.uint8) for key in _CODES}
+    expected.update({key: (torch.Size([count(torch.Size(shape).numel())]), torch.float32) for key in _SCALES})
     if not any(key in entry for key in expected):
-        expected = dict.fromkeys(MOMENTS, (shape, None))
+        return moments_fault(name, adam.layout.place(name)[0], entry, MOMENTS)
     for key in ("step", *expected):
         if key not in entry:
             return f"{name} {shape} has no {key}"
-    for key, (size, dtype) in expected.items():
-        if tuple(entry[key].shape) != size or dtype not in (None, entry[key].dtype):
-            return f"{key} of {name} {shape} is {tuple(entry[key].shape)} {entry[key].dtype}, not {size} {dtype or ''}"
-    return None
+    if count_of(entry["step"]) is None:
+        return f"step of {name} {shape} is {entry['step']!r}, not a whole number >= 0"
+    faults = (_tensor_fault(f"{key} of {name} {shape}", entry[key], *wanted) for key, wanted in expected.items())
+    return next((fault for fault in faults if fault), None)
 
 
-def _local(adam: AdamW8bit, name: str, tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor of the parameter's shape, 1-D."""
-    layout = cast(ParameterLayout, adam.layout)
-    dim = layout.shard_dim(name)
-    local, whole = layout.local(tensor, 0 if dim is None else dim)
-    piece = layout.pieces.get(name)
-    if not whole:
-        return local.reshape(-1)
-    if piece is None:
-        return local.reshape(-1)[:0]
-    if piece.dim is None:
-        return local.reshape(-1)[piece.start : piece.stop]
-    return local.narrow(piece.dim, piece.start, piece.stop - piece.start).reshape(-1)
+def _tensor_fault(what: str, found: Any, shape: torch.Size, dtype: torch.dtype) -> str | None:
+    if isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, dtype):
+        return None
+    is_like = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else repr(found)
+    return f"{what} is {is_like}, not {tuple(shape)} {dtype}"
 
 
 def _fill(state: State, found: Mapping[str, Any]) -> None:

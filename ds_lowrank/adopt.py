@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ds_lowrank.comm import Comm
-from ds_lowrank.layouts import Member
+from ds_lowrank.layouts import Member, local_tensors
 from ds_lowrank.pieces import EIGHT_BIT_KEY, STATE_KEY
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState
@@ -43,8 +46,15 @@ def adopt_states(
     )
     for plan in plans:
         if plan.name in states:
-            fault = stepper.fit_state(plan, states[plan.name])
-            wrong += [fault] if fault else []
+            state, label = states[plan.name], f"{plan.name} {plan.shape}"
+            if not isinstance(state, MutableMapping):
+                wrong.append(f"the state of {label} is of type {type(state).__name__}, not a mapping")
+                continue
+            fault = stepper.fit_state(plan, state) or counters_fault(label, state)
+            if fault:
+                wrong.append(fault)
+            else:
+                state.update({key: int(state[key]) for key in ("step", "refreshes")})
     # Ranks that disagree about what is born or due would wait for each other for ever.
     counters = {
         p.name: (states[p.name]["step"], states[p.name]["refreshes"]) if p.name in states else (0, 0)
@@ -105,7 +115,7 @@ def take_entries(
     loaded = {name: state[key] for key, name in taken.items()}
     _check_entries(loaded)
     rest = {key: entry for key, entry in state.items() if key not in taken}
-    if any("exp_avg_codes" in entry for entry in rest.values()):
+    if any(isinstance(entry, Mapping) and "exp_avg_codes" in entry for entry in rest.values()):
         raise ValueError(_CODES)
     return loaded, {**state_dict, "state": rest}
 
@@ -149,12 +159,118 @@ def _check_names(saved: Sequence[Sequence[str] | None], members: Sequence[Member
             )
 
 
-def _check_entries(entries: Mapping[str, Any]) -> None:
-    """Refuse what ``StateDictOptions(flatten_optimizer_state_dict=True)`` leaves of low-rank states.
+def refuse_together(comm: Comm, faults: Sequence[str], alike: Mapping[str, Any]) -> None:
+    """Refuse the loaded state of what is not projected. Collective: one rank's error would leave the others waiting.
+
+    Args:
+        comm: the collectives.
+        faults: of this rank.
+        alike: name -> what must be the same on all ranks, if there are no faults.
 
     Raises:
-        ValueError: an entry is there and empty.
+        ValueError: on all ranks, with the first fault of the first rank that has one.
     """
+    answers = comm.gather_objects((faults[:1], alike), "checkpoint")
+    for rank, (found, theirs) in enumerate(answers):
+        if not found and not answers[0][0] and theirs != answers[0][1]:
+            first = answers[0][1]
+            name = min(n for n in {**theirs, **first} if theirs.get(n) != first.get(n))
+            found = [f"of {name} it has {theirs.get(name, 'nothing')}, and on rank 0 {first.get(name, 'nothing')}"]
+        if found:
+            raise ValueError(
+                f"the loaded optimizer state does not fit this run (rank {rank}): {found[0]}. Resume with the same "
+                "model and number of ranks, each rank its own state; ds_lowrank.load_checkpoint goes on with what "
+                "another number of ranks or another layout has saved. What has no entry in the state starts anew"
+            )
+
+
+def tensor_name(names: Sequence[str]) -> str:
+    """A parameter's name, or what to call a flat buffer that holds several."""
+    if len(names) == 1:
+        return names[0]
+    return f"the flat buffer of {len(names)} parameters ({', '.join(names[:1])}, ...)"
+
+
+def count_of(value: Any) -> int | None:
+    """A loaded counter (a number, or a tensor of one) as a number; ``None``: it is not finite, whole and >= 0."""
+    if isinstance(value, Tensor):
+        (value,) = local_tensors([value])
+        if value.numel() != 1 or value.is_complex():
+            return None
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return int(value) if value >= 0 and value == int(value) else None
+
+
+def counters_fault(label: str, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with the counters of one matrix's loaded state, if anything.
+
+    Args:
+        label: name and shape of the matrix.
+        entry: with ``step`` and ``refreshes``, as numbers or tensors of one.
+    """
+    counts = {key: count_of(entry[key]) for key in ("step", "refreshes")}
+    for key, count in counts.items():
+        if count is None:
+            return f"{key} of {label} is {entry[key]!r}, not a whole number >= 0"
+    steps, refreshes = counts["step"], counts["refreshes"]
+    # Every refresh is followed by a step, and without a basis there is none.
+    if refreshes > steps or (steps and not refreshes):  # type: ignore[operator]
+        return f"{label} has made {steps} steps with {refreshes} refreshes, which no run does"
+    return None
+
+
+def moments_fault(name: str, tensor: Tensor, state: Any, keys: Sequence[str]) -> str | None:
+    """What is wrong with AdamW's loaded state of one tensor, if anything.
+
+    Args:
+        name: the parameter's, or of what a flat buffer holds.
+        tensor: that is stepped: a parameter, a DTensor or a flat buffer.
+        state: what was loaded for it.
+        keys: of the moments, which have the tensor's shape.
+    """
+    shape = tuple(tensor.shape)
+    if not isinstance(state, Mapping):
+        return f"the state of {name} {shape} is of type {type(state).__name__}, not a mapping"
+    if "indices" in state and "refreshes" in state:
+        return f"{name} {shape} was projected when it was saved, and is trained full-rank here"
+    for key in ("step", *keys):
+        if key not in state:
+            return f"{name} {shape} has no {key}, only {sorted(map(str, state))}"
+    if count_of(state["step"]) is None:
+        return f"step of {name} {shape} is {state['step']!r}, not a whole number >= 0"
+    for key in keys:
+        found = state[key]
+        if not isinstance(found, Tensor):
+            return f"{key} of {name} {shape} is of type {type(found).__name__}, not a tensor"
+        if tuple(found.shape) != shape:
+            return f"{key} of {name} is {tuple(found.shape)} in it, and the parameter is {shape} here"
+        if found.is_complex() != tensor.is_complex() or not (found.is_complex() or found.is_floating_point()):
+            return f"{key} of {name} {shape} is {found.dtype}, and the parameter {tensor.dtype}"
+        part, here = local_tensors([found, tensor])
+        if part is not found and part.shape != here.shape:
+            return (
+                f"of {key} of {name} {shape} this rank has the part {tuple(part.shape)}, and of the parameter "
+                f"{tuple(here.shape)}: it is sharded in another way"
+            )
+    return None
+
+
+def wholes(entry: Mapping[str, Any], keys: Iterable[str]) -> set[bool]:
+    """Whether tensors are whole on every rank (True), or sharded (False)."""
+    return {local_tensors([entry[key]])[0] is entry[key] for key in keys}
+
+
+def _check_entries(entries: Mapping[str, Any]) -> None:
+    """Refuse what is no entry, or what ``StateDictOptions(flatten_optimizer_state_dict=True)`` leaves of low-rank ones.
+
+    Raises:
+        ValueError: an entry is there and is no mapping, or empty.
+    """
+    for name, entry in entries.items():
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"the loaded state of {name} is of type {type(entry).__name__}, not a mapping")
     empty = [name for name, entry in entries.items() if not entry]
     if empty:
         raise ValueError(

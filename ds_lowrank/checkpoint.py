@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_lowrank.adamw8bit_states import EightBitFullRank
+from ds_lowrank.adopt import count_of
 from ds_lowrank.full_rank import MOMENTS, new_state
 from ds_lowrank.layouts import LayoutError, Piece, local_tensors, write_parameter
 from ds_lowrank.layouts.zero_files import optimizer_files, packed_state, tag_folder
@@ -219,12 +220,16 @@ def _states_fault(source: Source, optimizer: LowRankAdamW) -> str | None:
             )
         if saved.formats.names != formats.names:
             return f"{plan.name} {plan.shape} {formats.differ(*saved.formats.names)}"
-    # Where no matrix has a state, the others may still have codes, which are not made numbers again.
-    if formats.state_dtype != "int8":
-        projected = {plan.parameter for plan in plans}
-        for name in [m.name for m in optimizer.members if m.name not in projected]:
-            if source.counter(name) is not None and source.moment_dtype(name) == torch.uint8:
-                return f"{name} has 8-bit moments there: use state_dtype 'int8'"
+    projected = {plan.parameter for plan in plans}
+    moments = source.full_rank()
+    for member in [m for m in optimizer.members if m.name not in projected and source.counter(m.name) is not None]:
+        # Where no matrix has a state, the others may still have codes, which are not made numbers again.
+        if formats.state_dtype != "int8" and source.moment_dtype(member.name) == torch.uint8:
+            return f"{member.name} has 8-bit moments there: use state_dtype 'int8'"
+        if moments.get(member.name, member.shape) != member.shape:
+            return f"AdamW's moments of {member.name} are {moments[member.name]} in it and {member.shape} in this model"
+        if count_of(source.counter(member.name)) is None:
+            return f"AdamW's steps of {member.name} {member.shape} are {source.counter(member.name)}, no whole number"
     return None
 
 
@@ -253,6 +258,7 @@ def _load_weights(source: Source, optimizer: LowRankAdamW, named: Mapping[str, T
         if name in layout.pieces:
             target = layout.weight(name)
             target.copy_(read_piece(source, known, "weight", layout.pieces[name], saved[known]))
+            layout.store(name, target)
 
 
 def _load_full_rank(source: Source, optimizer: LowRankAdamW) -> None:
@@ -280,8 +286,11 @@ def _load_full_rank(source: Source, optimizer: LowRankAdamW) -> None:
         state["step"].fill_(max(float(state["step"]), steps))
         for moment in MOMENTS if here else ():  # DTensors have a state on ranks that hold nothing, too
             found = read_piece(source, name, moment, layout.pieces[name], shapes[name])
-            flat = local_tensors([state[moment]])[0].view(-1)
-            flat[offset : offset + found.numel()].copy_(found)
+            target = local_tensors([state[moment]])[0]
+            if target.is_contiguous():
+                target.view(-1)[offset : offset + found.numel()].copy_(found)
+            else:  # as its parameter lies, which has all of the tensor
+                target.copy_(found.view(target.shape))
 
 
 def _matrix_state(source: Source, optimizer: LowRankAdamW, plan: MatrixPlan) -> MatrixState | None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ds_lowrank.layouts import BF16_MASTER, Layout, LayoutError, Member, Piece, local_tensors
+from ds_lowrank.adopt import count_of, moments_fault, refuse_together, tensor_name
+from ds_lowrank.comm import Comm
+from ds_lowrank.layouts import BF16_MASTER, Layout, LayoutError, Member, ParameterLayout, Piece, local_tensors
 from ds_lowrank.states.formats import Formats
 from ds_lowrank.states.rounding import PART, random_bits, round_stochastic, rounding_key
 
@@ -26,8 +28,8 @@ _PART = 1 << 22
 
 
 def moment_dtype(state_dtype: str, weights: torch.dtype) -> torch.dtype:
-    """Dtype of moments that are numbers: bf16, or float32 at least; float64 for float64 weights."""
-    if state_dtype != "bf16" or weights == torch.float64:
+    """Dtype of moments that are numbers: bf16, or float32 at least; float64 and complex ones for such weights."""
+    if state_dtype != "bf16" or weights == torch.float64 or weights.is_complex:
         return torch.promote_types(weights, torch.float32)
     return torch.bfloat16
 
@@ -175,12 +177,16 @@ class WideFullRank:
 
     Args:
         layout: how the parameters lie.
+        comm: the collectives.
         members: of the parameters that are not projected.
         state_dtype: ``fp32`` or ``bf16``.
         rounding: writes bf16 weights; ``None``: they are rounded to nearest.
     """
 
-    def __init__(self, layout: Layout, members: Sequence[Member], state_dtype: str, rounding: Rounding | None):
+    def __init__(
+        self, layout: Layout, comm: Comm, members: Sequence[Member], state_dtype: str, rounding: Rounding | None
+    ):
+        self._layout, self._comm = layout, comm
         self._state_dtype, self._rounding = state_dtype, rounding
         # torch's checkpoints want them all, on all ranks
         self._tensors = [m.parameter for m in members] if layout.by_parameter else []
@@ -196,8 +202,53 @@ class WideFullRank:
     def collect(self, states: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:  # noqa: D102
         return {}
 
-    def adopt(self, states: MutableMapping[Any, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:  # noqa: D102
-        pass
+    def adopt(self, states: MutableMapping[Any, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """Check what torch's loader has put on the tensors of the groups, and make it what a step takes. Collective.
+
+        Raises:
+            ValueError: on all ranks, when something does not fit.
+        """
+        layout = self._layout
+        # Before its first step a tensor may have an empty state.
+        loaded = {key: state for key, state in states.items() if isinstance(key, Tensor) and state != {}}
+        names = {tensor: layout.names_in(tensor) for tensor in loaded}
+        found = [moments_fault(tensor_name(names[tensor]), tensor, state, MOMENTS) for tensor, state in loaded.items()]
+        faults = [fault for fault in found if fault]
+        # Ranks that hold shards may have made different steps: what has no gradient on one stands still there.
+        alike = layout.dealt and not faults
+        counters = {names[t][0]: f"{count_of(s['step'])} steps" for t, s in loaded.items()} if alike else {}
+        refuse_together(self._comm, faults, counters)
+        for tensor, state in loaded.items():
+            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=tensor.device)
+            for key in MOMENTS:
+                if layout.by_parameter:
+                    state[key] = as_sharded(cast(ParameterLayout, layout), names[tensor][0], state[key])
+                kept, like = local_tensors([state[key], tensor])
+                if kept is state[key] and kept.stride() != like.stride():  # expanded, or from another layout
+                    state[key] = torch.empty_like(like, dtype=kept.dtype).copy_(kept)
+
+
+def held_part(layout: ParameterLayout, name: str, tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor of a parameter's shape, which may be whole on every rank: 1-D."""
+    dim = layout.shard_dim(name)
+    local, whole = layout.local(tensor, 0 if dim is None else dim)
+    piece = layout.pieces.get(name)
+    if not whole:
+        return local.reshape(-1)
+    if piece is None:
+        return local.reshape(-1)[:0]
+    if piece.dim is None:
+        return local.reshape(-1)[piece.start : piece.stop]
+    return local.narrow(piece.dim, piece.start, piece.stop - piece.start).reshape(-1)
+
+
+def as_sharded(layout: ParameterLayout, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a parameter's shape as the parameter is sharded: only torch's own functions load it so."""
+    dim = layout.shard_dim(name)
+    if dim is None or local_tensors([tensor])[0] is not tensor:
+        return tensor
+    local = local_tensors([layout.place(name)[0]])[0]
+    return layout.distribute(held_part(layout, name, tensor).view(local.shape), tuple(tensor.shape), dim)
 
 
 def keep_dtypes(states: MutableMapping[Any, Any], loaded: Mapping[Any, Any], tensors: Mapping[Any, Tensor]) -> None:
@@ -209,9 +260,12 @@ def keep_dtypes(states: MutableMapping[Any, Any], loaded: Mapping[Any, Any], ten
         tensors: number -> tensor of the groups.
     """
     for key, tensor in tensors.items():
+        found = loaded.get(key)
+        if not isinstance(found, Mapping):
+            continue  # nothing, or what is refused when it is adopted
         for moment in MOMENTS:
-            if moment in loaded.get(key, {}):
-                states[tensor][moment] = loaded[key][moment].to(tensor.device)
+            if isinstance(found.get(moment), Tensor):
+                states[tensor][moment] = found[moment].to(tensor.device)
 
 
 def _adamw(
@@ -223,22 +277,44 @@ def _adamw(
     steps: list[Tensor],
 ) -> None:
     # Element by element: what this rank holds of a DTensor is all that is needed.
+    held = [_real(local_tensors(tensors)) for tensors in zip(params, grads, exp_avgs, exp_avg_sqs)]
+    # The fused kernel takes it for granted that the four lie in the same order in memory, and without gaps.
+    ordered = [_in_order(tensors) for tensors in held]
+    packed = [[t.contiguous() for t in tensors] for tensors in ordered]
+    weights, gradients, firsts, seconds = ([tensors[place] for tensors in packed] for place in range(4))
     adamw(
-        local_tensors(params),
-        local_tensors(grads),
-        local_tensors(exp_avgs),
-        local_tensors(exp_avg_sqs),
+        weights,
+        gradients,
+        firsts,
+        seconds,
         [],
         steps,
         fused=True,
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
-        lr=group["lr"],
+        lr=float(group["lr"]),
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,
     )
+    for views, stepped in zip(ordered, packed):
+        for place in (0, 2, 3):
+            if stepped[place] is not views[place]:
+                views[place].copy_(stepped[place])
+
+
+def _in_order(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of tensors of one shape with their dimensions in the order in which the first has them in memory."""
+    if all(t.is_contiguous() for t in tensors):
+        return list(tensors)
+    order = sorted(range(tensors[0].ndim), key=tensors[0].stride, reverse=True)
+    return [t.permute(order) for t in tensors]
+
+
+def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Complex ones as their real and imaginary parts, as torch's AdamW steps them."""
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
 
 
 def _step_in_parts(
@@ -247,8 +323,9 @@ def _step_in_parts(
     """Weights and moments of different dtypes: computed in float32, a part at a time, and each rounded once."""
     grad = parameter.grad
     assert grad is not None
-    kept = [t.detach().view(-1) for t in local_tensors([parameter, *(state[key] for key in MOMENTS)])]
-    (flat_grad,) = (t.reshape(-1) for t in local_tensors([grad]))
+    held = _real(local_tensors([parameter.detach(), *(state[key] for key in MOMENTS)]))
+    kept = [t.reshape(-1) for t in held]  # copies of what is not row-major
+    (flat_grad,) = (t.reshape(-1) for t in _real(local_tensors([grad])))
     parts = zip(*(t.split(_PART) for t in (kept[0], flat_grad, *kept[1:])))
     for number, (weights, gradient, *moments) in enumerate(parts):
         narrow = [weights, *moments]
@@ -259,4 +336,7 @@ def _step_in_parts(
                 rounding(parameter, int(state["step"]) + 1, weights, computed, number * _PART)
             elif computed is not tensor:
                 tensor.copy_(computed)
+    for tensor, flat in zip(held, kept):
+        if not tensor.is_contiguous():
+            tensor.copy_(flat.view(tensor.shape))
     state["step"].add_(1)

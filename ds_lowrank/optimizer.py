@@ -291,7 +291,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             if projected.intersection(self._layout.names_in(tensor)):
                 del self.state[tensor]  # what another optimizer kept for them
         self.full_rank.adopt(self.state, {n: entry for n, entry in entries.items() if n not in projected})
-        self._loaded = False
+        self._to_adopt, self._loaded = {}, False  # now: what was refused is refused again
 
     def _find_layout(self) -> None:
         if not self._specs:
@@ -324,7 +324,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         if config.state_dtype == "int8":
             self.full_rank = EightBitFullRank(layout, comm, rest, rounding)
         else:
-            self.full_rank = WideFullRank(layout, rest, config.state_dtype, rounding)
+            self.full_rank = WideFullRank(layout, comm, rest, config.state_dtype, rounding)
         self._stepper = LowRankStep(layout, comm, self._refresher, self.formats, seed)
         rank = layout.ranks.rank
         self._stateful = [p for p in self._plans if p.shared or p.shares[rank] is not None]

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_lowrank.adopt import counters_fault, wholes
 from ds_lowrank.comm import Comm
-from ds_lowrank.layouts import ParameterLayout
+from ds_lowrank.layouts import ParameterLayout, local_tensors
 from ds_lowrank.plan import MatrixPlan
-from ds_lowrank.refresh import MatrixState, tensor_of
+from ds_lowrank.refresh import HISTORY, MatrixState, tensor_of
 from ds_lowrank.states.formats import Formats, Rows, saved_formats
 from ds_lowrank.states.packing import pack
 
@@ -89,10 +90,13 @@ class ParameterStates:
             ValueError: on all ranks, when an entry does not fit its parameter.
         """
         faults = [fault for name, entry in entries.items() if (fault := self._fault(name, entry))]
-        answers = self._comm.gather_objects((faults[:1], sorted(entries)), "checkpoint")
-        for rank, (faults, names) in enumerate(answers):
-            if not faults and names != answers[0][1]:
-                faults = [f"it has {len(names)} projected parameters and rank 0 {len(answers[0][1])}"]
+        # What is sharded is brought into place together, so all ranks must have it so.
+        mine = {} if faults else {n: wholes(entry, self._tensors(self._plans[n][0])) for n, entry in entries.items()}
+        answers = self._comm.gather_objects((faults[:1], mine), "checkpoint")
+        for rank, (faults, theirs) in enumerate(answers):
+            if not faults and not answers[0][0] and theirs != answers[0][1]:
+                name = min(n for n in {**theirs, **answers[0][1]} if theirs.get(n) != answers[0][1].get(n))
+                faults = [f"of {name} it has {_kind(theirs.get(name))}, and rank 0 {_kind(answers[0][1].get(name))}"]
             if faults:
                 raise ValueError(f"the loaded optimizer state does not fit this run (rank {rank}): {faults[0]}")
         states: dict[str, MatrixState] = {}
@@ -240,8 +244,17 @@ class ParameterStates:
         missing = [key for key in (*tensors, *NUMBERS) if not isinstance(entry.get(key), Tensor)]
         if missing:
             return f"{parameter} {first.shape} has no {missing[0]}"
-        if bool((entry["left"] != int(first.side == "left")).any()):
+        numbers = dict(zip(NUMBERS, local_tensors([entry[key] for key in NUMBERS])))
+        for key, value in numbers.items():
+            expected = (len(plans),) * stacked + {"indices": (first.rank,), "overlaps": (HISTORY,)}.get(key, ())
+            if tuple(value.shape) != expected:
+                return f"{key} of {parameter} {first.shape} is of shape {tuple(value.shape)}, not {expected}"
+        if bool((numbers["left"] != int(first.side == "left")).any()):
             return f"{parameter} {first.shape} was projected on its other side: resume with the same proj_type"
+        for plan in plans:
+            counters = {key: numbers[key][plan.index] if stacked else numbers[key] for key in ("step", "refreshes")}
+            if fault := counters_fault(f"{plan.name} {plan.shape}", counters):
+                return fault
         for key, kept in tensors.items():
             expected = (len(plans),) * stacked + (_length(first, kept), kept.width)
             if tuple(entry[key].shape) != expected or entry[key].dtype != kept.dtype:
@@ -249,6 +262,8 @@ class ParameterStates:
                     f"{key} of {parameter} {first.shape} is {tuple(entry[key].shape)} {entry[key].dtype}, "
                     f"not {expected} {kept.dtype}: resume with the same rank, proj_type and precision"
                 )
+        if len(wholes(entry, tensors)) > 1:
+            return f"{parameter} {first.shape} has tensors that are whole on every rank, and others that are sharded"
         return None
 
     def _states(self, plans: Sequence[MatrixPlan], entry: Mapping[str, Tensor]) -> dict[str, MatrixState]:
@@ -293,6 +308,10 @@ class ParameterStates:
 
 def _length(plan: MatrixPlan, rows: Rows) -> int:
     return plan.short if rows.of == "basis" else plan.long
+
+
+def _kind(found: set[bool] | None) -> str:
+    return "nothing" if found is None else "whole tensors" if found == {True} else "sharded tensors"
 
 
 def _same(a: Spans, b: Spans) -> bool:

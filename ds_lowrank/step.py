@@ -55,6 +55,7 @@ class LowRankStep:
         self._bases = Bases(comm, formats.basis)
         self._refresher = refresher
         self._missing: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}  # what is being stepped; copies where the layout has no view
         # Sums of projected gradients, see accumulate(); None where this rank computes no row.
         self._projected: dict[str, Tensor | None] = {}
 
@@ -91,7 +92,7 @@ class LowRankStep:
         if saved is not None and saved != self._formats.names:
             return f"{plan.name} {plan.shape} {self._formats.differ(*saved)}"
         for key in _PLACE:
-            if key in state and key in expected and state[key] != expected[key]:
+            if key in state and key in expected and (isinstance(state[key], Tensor) or state[key] != expected[key]):
                 return (
                     f"{plan.name} {plan.shape} holds {key} {state[key]} where this rank needs {expected[key]}: it is "
                     "another rank's state, or another side was projected"
@@ -115,6 +116,7 @@ class LowRankStep:
             states: name -> state, see :meth:`new_state`.
             groups: their hyper-parameters: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``.
         """
+        self._weights.clear()  # of a step that failed
         # On one process and under DDP, which gives all ranks the same gradients, a missing one means no step, as in
         # torch's optimizers. Where a model is sharded it counts as zero, as DeepSpeed delivers it: ranks may differ in
         # what has one, and the collectives must not.
@@ -172,6 +174,7 @@ class LowRankStep:
             born = [p for p in wave if states[p.name]["refreshes"]]
             stream = self._bases.stream(_shared_first(born), states)
             self._step_batch(_shared_first(born), rows, stream, states, groups).wait()
+        self._store()
 
     def _step_in_batches(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState], groups: Groups) -> None:
         """Step matrices that have a basis; while one batch is computed, the rows of the next are on their way."""
@@ -189,6 +192,7 @@ class LowRankStep:
             leaving = self._step_batch(batch, rows, bases, states, groups)
             left.wait()
         leaving.wait()
+        self._store()
 
     def _step_batch(
         self,
@@ -236,7 +240,7 @@ class LowRankStep:
         share, part = plan.shares[self._rank], plan.parts[self._rank]
         assert share is not None
         direction = self._direction(state, gradient, group)
-        step_size = group["lr"] * group["scale"]
+        step_size = float(group["lr"]) * group["scale"]
         whole_rows = share.rows - _buffered_rows(plan, share)
         if share.view is not None:
             assert part is not None
@@ -298,7 +302,15 @@ class LowRankStep:
         return self._missing[plan.parameter]
 
     def _weight(self, plan: MatrixPlan) -> Tensor:
-        return self._layout.weight(plan.parameter)
+        # Where it is a copy, all of a parameter's matrices are written into the same one.
+        if plan.parameter not in self._weights:
+            self._weights[plan.parameter] = self._layout.weight(plan.parameter)
+        return self._weights[plan.parameter]
+
+    def _store(self) -> None:
+        for name, weights in self._weights.items():
+            self._layout.store(name, weights)
+        self._weights.clear()
 
     def _home(self, plan: MatrixPlan) -> torch.device:
         """Where states lie: with the weights, which may be offloaded."""
@@ -336,7 +348,7 @@ def _shared_first(plans: Sequence[MatrixPlan]) -> list[MatrixPlan]:
 
 
 def _keep(group: Mapping[str, Any]) -> float:
-    return 1.0 - group["lr"] * group["weight_decay"]
+    return 1.0 - float(group["lr"]) * group["weight_decay"]
 
 
 def _apply(weights: Tensor, update: Tensor, dtype: torch.dtype, keep: float, place: Place | None) -> None:

@@ -127,7 +127,15 @@ class Layout(Protocol):
         ...
 
     def weight(self, name: str) -> Tensor:
-        """1-D view of the weights of this rank's piece; writing to it moves the model."""
+        """1-D view of the weights of this rank's piece; writing to it moves the model.
+
+        Of a parameter whose memory is not row-major (``channels_last``, a transposed matrix) it is a copy, which moves
+        the model at :meth:`store`.
+        """
+        ...
+
+    def store(self, name: str, weights: Tensor) -> None:
+        """Keep what was written into what :meth:`weight` gave; free where that was a view."""
         ...
 
     def grad(self, name: str) -> Tensor | None:
@@ -224,6 +232,7 @@ def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
 def checksum(tensor: Tensor) -> int:
     """Sum of the bits of a contiguous tensor as whole numbers: exact, whatever the order, the device and the values."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return int(tensor.detach().view(kinds[tensor.element_size()]).sum(dtype=torch.int64))
 
 

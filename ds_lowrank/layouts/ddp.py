@@ -26,8 +26,11 @@ class ReplicatedLayout:
         self._members = {m.name: m for m in members}
         self._tensors = Tensors()
         for m in members:
-            if not m.parameter.is_contiguous():
-                raise LayoutError(f"{m.name} {m.shape} is not contiguous: call .contiguous() on it before training")
+            if any(s == 0 and n > 1 for n, s in zip(m.parameter.shape, m.parameter.stride())):
+                raise LayoutError(
+                    f"{m.name} {m.shape} is an expanded tensor, several of its elements are one number in memory: make "
+                    "the parameter from its .clone()"
+                )
             self._tensors.add(m.parameter, m.name)
         device = same_device({m.name: m.parameter for m in members})
         self.ranks = Ranks(device=device)
@@ -39,11 +42,16 @@ class ReplicatedLayout:
         self.pieces = {m.name: Piece(0, m.parameter.numel()) for m in members}
 
     def weight(self, name: str) -> Tensor:  # noqa: D102
-        return self._members[name].parameter.data.view(-1)
+        return self._members[name].parameter.data.contiguous().view(-1)
+
+    def store(self, name: str, weights: Tensor) -> None:  # noqa: D102
+        data = self._members[name].parameter.data
+        if not data.is_contiguous():
+            data.copy_(weights.view(data.shape))
 
     def grad(self, name: str) -> Tensor | None:  # noqa: D102
         grad = self._members[name].parameter.grad
-        return None if grad is None else grad.reshape(-1)
+        return None if grad is None else grad.contiguous().view(-1)
 
     def dtype(self, name: str) -> torch.dtype:  # noqa: D102
         return self._members[name].parameter.dtype

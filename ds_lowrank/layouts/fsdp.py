@@ -96,6 +96,9 @@ class Fsdp2Layout:
     def weight(self, name: str) -> Tensor:  # noqa: D102
         return _flat(self._parameters[name].detach().to_local())
 
+    def store(self, name: str, weights: Tensor) -> None:  # noqa: D102
+        pass
+
     def grad(self, name: str) -> Tensor | None:  # noqa: D102
         grad = self._parameters[name].grad
         return None if grad is None else _local(grad).reshape(-1)

@@ -65,6 +65,9 @@ class ZeroLayout:
         flat, start, numel = self._fragments[name]
         return flat.data.narrow(0, start, numel)
 
+    def store(self, name: str, weights: Tensor) -> None:  # noqa: D102
+        pass
+
     def grad(self, name: str) -> Tensor | None:  # noqa: D102
         flat, start, numel = self._fragments[name]
         return None if flat.grad is None else flat.grad.narrow(0, start, numel)

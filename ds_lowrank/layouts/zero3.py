@@ -73,6 +73,9 @@ class Zero3Layout:
     def weight(self, name: str) -> Tensor:  # noqa: D102
         return self._slice(self._zero.fp32_partitioned_groups_flat[self._places[name][0]].data, name)
 
+    def store(self, name: str, weights: Tensor) -> None:  # noqa: D102
+        pass
+
     def grad(self, name: str) -> Tensor | None:  # noqa: D102
         grad = self._zero.fp32_partitioned_groups_flat[self._places[name][0]].grad
         return None if grad is None else self._slice(grad, name)

@@ -384,12 +384,6 @@ def test_groups_added_later():
         optimizer.add_param_group({"params": [("c", nn.Parameter(torch.randn(2, 2)))]})
 
 
-def test_non_contiguous_weights_are_refused_by_name():
-    optimizer = LowRankAdamW([{"params": [("w", nn.Parameter(torch.randn(6, 8).mT))], "rank": 2}])
-    with pytest.raises(LayoutError, match=r"w \(8, 6\) is not contiguous"):
-        optimizer.ensure_state()
-
-
 def test_a_step_without_any_gradient_says_what_may_be_wrong(caplog):
     """As after fully_shard, when the optimizer was built before it."""
     optimizer = make(parameters())
