@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ds_lowrank.states.formats import BASIS_DTYPES, STATE_DTYPES
 from ds_lowrank.subspace.basis import MOMENT_POLICIES
 from ds_lowrank.subspace.selection import SELECTIONS
@@ -125,7 +127,7 @@ class LowRankConfig:
                     _require_pattern("optim_target_modules", target)
 
     def _check_adamw(self) -> None:
-        check_adamw(self.lr, self.betas, self.eps, self.weight_decay, where="lowrank.")
+        check_adamw(self.lr, self.betas, self.eps, self.weight_decay, where="lowrank.", tensors=False)
         if self.betas is not None:  # JSON has lists; a tuple compares and hashes
             object.__setattr__(self, "betas", tuple(self.betas))
 
@@ -192,13 +194,19 @@ def load_json(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any, where: str = "") -> None:
+def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any, where: str = "", *, tensors: bool = True) -> None:
     """Check AdamW's hyper-parameters; ``None`` stands for "not set" and passes.
+
+    Args:
+        lr, betas, eps, weight_decay: of AdamW.
+        where: what the option's name begins with in an error.
+        tensors: whether ``lr`` may be a tensor of one number, as torch's optimizers take it.
 
     Raises:
         ValueError: naming the option, the value and what is allowed.
     """
-    if lr is not None and not (_is_number(lr) and lr >= 0):
+    rate = lr.item() if tensors and isinstance(lr, Tensor) and lr.numel() == 1 else lr
+    if rate is not None and not (_is_number(rate) and rate >= 0):
         raise ValueError(f"{where}lr must be a number >= 0, got {lr!r}")
     if betas is not None and not (
         isinstance(betas, (list, tuple)) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)

@@ -1,9 +1,12 @@
-"""Whether the gradients that arrive at the first step can be right: looked at once."""
+"""Whether the gradients that arrive can be right: their kind at every step, all else at the first."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from ds_lowrank.comm import Comm
 from ds_lowrank.layouts import Layout, LayoutError, Member
@@ -27,22 +30,32 @@ class GradientCheck:
         self._warned = False
 
     def run(self, members: Sequence[Member]) -> None:
-        """At each step; does nothing once gradients were seen. Collective under DDP.
+        """At each step; looks at their kind only once gradients were seen. Collective under DDP until then.
 
         Raises:
+            RuntimeError: a gradient is sparse.
             ds_lowrank.LayoutError: under DDP, when ranks have different gradients, or none has one.
         """
+        if not self._layout.steps_alone:
+            return
+        fault = next((text for m in members if (text := sparse_fault(m.name, m.parameter))), None)
+        if fault and (self._done or not self._layout.dealt):
+            raise RuntimeError(fault)
         if self._done:
             return
         found = any(m.parameter.grad is not None for m in members)  # a rank may hold no element, and a gradient
         if self._layout.dealt:
-            everywhere = self._comm.gather_objects((found, self._layout.checksums("gradients")))
-            found = any(there for there, _ in everywhere)
+            mine = (fault, found, None if fault else self._layout.checksums("gradients"))
+            everywhere = self._comm.gather_objects(mine)
+            for fault, *_ in everywhere:
+                if fault:
+                    raise RuntimeError(fault)
+            found = any(there for _, there, _ in everywhere)
             remedy = (
                 "nobody averages them. Wrap the model in DistributedDataParallel; with layerwise, call "
                 "ds_lowrank.describe(optimizer) before the first backward pass"
             )
-            check_equal([checksums for _, checksums in everywhere], "gradients", remedy)
+            check_equal([checksums for *_, checksums in everywhere], "gradients", remedy)
             if not found and not self._layerwise:
                 raise LayoutError(
                     "no parameter of the optimizer has a gradient on any rank: nothing would move. If the model was "
@@ -55,3 +68,13 @@ class GradientCheck:
                 "step() was called and no parameter of the optimizer has a gradient: nothing moves. If the model was "
                 "sharded (fully_shard) or replaced after the optimizer was built, build the optimizer after it"
             )
+
+
+def sparse_fault(name: str, parameter: Tensor) -> str | None:
+    """What torch's AdamW says of a sparse gradient, with the parameter's name; ``None`` where it is not sparse."""
+    if parameter.grad is None or parameter.grad.layout == torch.strided:
+        return None
+    return (
+        f"{name} {tuple(parameter.shape)} has a sparse gradient: Adam does not support sparse gradients, please "
+        "consider SparseAdam instead (or build the embedding with sparse=False)"
+    )

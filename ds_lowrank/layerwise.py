@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ds_lowrank.gradients import sparse_fault
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState
 from ds_lowrank.step import Groups, LowRankStep
@@ -95,6 +96,8 @@ class Layerwise:
     def _ready(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is None:
             return
+        if fault := sparse_fault(name, parameter):
+            raise RuntimeError(fault)
         if parameter.grad.device.type == "cpu" and torch.cuda.is_available():
             # Before torch knew of hooks here it copied an offloaded gradient to the CPU without waiting for it.
             torch.cuda.current_stream().synchronize()

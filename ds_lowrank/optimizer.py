@@ -31,7 +31,7 @@ from ds_lowrank.parameter_states import ParameterStates
 from ds_lowrank.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, STATE_KEY, describe_pieces
 from ds_lowrank.plan import MatrixPlan, make_plan
 from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats, gram_dtype_on
-from ds_lowrank.specs import LOWRANK_KEYS, MatrixSpec, make_specs
+from ds_lowrank.specs import LOWRANK_KEYS, MatrixSpec, check_dtypes, make_specs
 from ds_lowrank.states.formats import Formats
 from ds_lowrank.step import LowRankStep
 
@@ -62,7 +62,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             than two dimensions is: True: matrices stacked along the first (the experts of a layer); False: one
             matrix, out × (in · k · k), as a convolution's kernel. Other groups get plain AdamW. Give parameters as
             (name, parameter) pairs: the sampler is keyed by the name.
-        lr: learning rate η.
+        lr: learning rate η; a tensor of one number stays one, so that it can be changed in place.
         betas: (β1, β2).
         eps: ε, added to the bias-corrected root.
         weight_decay: λ, decoupled, with the full η.
@@ -97,7 +97,7 @@ class LowRankAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
@@ -184,6 +184,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         self.narrow += group.pop("narrow", [])  # not a part of checkpoints, as what stays in a group is
         if group.get("rank") is not None:
             group.setdefault("scale", self.config.scale)
+            check_dtypes(index, names, group["params"])
             self._specs += make_specs(index, group, shapes, self.config)
         kept = ("name", "param_names", *LOWRANK_KEYS)
         self._group_options.append({key: group[key] for key in kept if key in group})
@@ -281,7 +282,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         assert self._stepper is not None
         assert self._layout is not None
         projected = {plan.parameter for plan in self._plans}
-        entries, self._to_adopt = self._to_adopt, {}
+        entries = self._to_adopt
         loaded = bool(entries) or len(self.state) > 1
         if self._layout.by_parameter:
             low = own_entries({n: entry for n, entry in entries.items() if n in projected})

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.geometry import matrix_shape
 
@@ -39,6 +41,20 @@ class MatrixSpec:
     rank: int
     gap: int
     proj_type: str
+
+
+def check_dtypes(index: int, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
+    """Refuse low-rank parameters that have no real singular vectors.
+
+    Raises:
+        ValueError: a parameter is complex, or holds whole numbers.
+    """
+    for name, parameter in zip(names, parameters):
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"group {index}: {name} {tuple(parameter.shape)} is {parameter.dtype} and cannot be projected: put it "
+                "into a group without 'rank', where torch's AdamW trains complex numbers, too"
+            )
 
 
 def make_specs(
@@ -79,6 +95,8 @@ def _specs_of(
         raise ValueError(
             f"{name} {shape} is in a low-rank group but is not a matrix: put it into a group without 'rank'"
         )
+    if 0 in shape:
+        return []  # nothing of it can move
     if stacked is None and len(shape) > 2:
         raise ValueError(
             f"{name} {shape} has {len(shape)} dimensions: set 'stacked' in its group to True if they are matrices "

@@ -63,6 +63,8 @@ class _Candidate:
         stacked: see :class:`Target`.
         linear: whether ``all-linear`` means it.
         words: of an embedding or an output head: a pattern reaches it only if it holds one of them.
+        loose: a matrix of another module than a linear layer (packed attention, a GRU), which only the name of the
+            parameter reaches, with or without its ``_weight``.
         refused: why it cannot be projected, if so.
     """
 
@@ -71,6 +73,7 @@ class _Candidate:
     stacked: bool = False
     linear: bool = True
     words: frozenset[str] = frozenset()
+    loose: bool = False
     refused: str | None = None
 
     @property
@@ -122,7 +125,9 @@ def list_targets(model: nn.Module, config: LowRankConfig) -> Targets:
     used: set[str] = set()
     chosen: dict[int, tuple[_Candidate, bool]] = {}  # and whether a pattern names it
     for candidate in _candidates(model):
-        hits = [p for p in patterns if candidate.parameter.requires_grad and _matches(p, candidate)]
+        # Of what has no elements nothing can move, under whatever name.
+        trained = candidate.parameter.requires_grad and 0 not in whole_shape(candidate.parameter)
+        hits = [p for p in patterns if trained and _matches(p, candidate)]
         if not hits:
             continue
         if candidate.refused:
@@ -189,6 +194,12 @@ def _matches(pattern: str, candidate: _Candidate) -> bool:
     """The HF Trainer's reading: a name, a part of it, or a regular expression for the whole of it."""
     if pattern == AUTOMATIC:
         return candidate.linear and not candidate.words
+    if candidate.loose:
+        own = re.escape(candidate.name.rsplit(".", 1)[-1].removesuffix("_weight"))
+        if not re.search(rf"(?<!\w){own}(_weight)?(?!\w)", pattern):
+            return False
+        if re.fullmatch(pattern, candidate.name.removesuffix("_weight")):
+            return True
     if candidate.words and not any(word in pattern for word in candidate.words):
         return False
     return pattern in candidate.name or re.fullmatch(pattern, candidate.name) is not None
@@ -196,7 +207,7 @@ def _matches(pattern: str, candidate: _Candidate) -> bool:
 
 def _candidates(model: nn.Module) -> Iterator[_Candidate]:
     """Weights of linear layers (GPT-2's Conv1D is one), embeddings and convolutions, and every other parameter of
-    three or more dimensions, which is taken for stacked matrices if it has three.
+    two or more dimensions, which is taken for stacked matrices if it has three.
     """
     protected = protected_modules(model)
     for module_name, module in model.named_modules():
@@ -205,17 +216,20 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
         linear = is_linear(module) or isinstance(module, nn.Embedding)
         for name, parameter in module.named_parameters(recurse=False):
             dimensions = len(whole_shape(parameter))
+            own = f"{module_name}.{name}" if module_name else name
+            unfit = None if parameter.is_floating_point() else f"which is {parameter.dtype}"
             if linear and name == "weight" and dimensions == 2:
-                yield _Candidate(module_name, parameter, words=words)
+                yield _Candidate(module_name, parameter, linear=not unfit, words=words, refused=unfit)
             elif isinstance(module, _CONVOLUTIONS) and name == "weight":
-                yield _Candidate(module_name, parameter, linear=False, words=words)
+                yield _Candidate(module_name, parameter, linear=False, words=words, refused=unfit)
             elif dimensions == 3 and "conv" not in type(module).__name__.lower():
-                own = f"{module_name}.{name}" if module_name else name
                 experts = "expert" in own.lower() or hasattr(module, "num_experts")
-                yield _Candidate(own, parameter, stacked=True, linear=experts, words=words)
+                yield _Candidate(own, parameter, stacked=True, linear=experts and not unfit, words=words, refused=unfit)
             elif dimensions > 2:
                 reason = f"a {dimensions}-dimensional parameter of a {type(module).__name__}, which is no matrix"
-                yield _Candidate(f"{module_name}.{name}", parameter, linear=False, words=words, refused=reason)
+                yield _Candidate(own, parameter, linear=False, words=words, refused=reason)
+            elif dimensions == 2:
+                yield _Candidate(own, parameter, linear=False, words=words, loose=True, refused=unfit)
 
 
 def _clamped_rank(name: str, candidate: _Candidate, config: LowRankConfig) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ds_lowrank.config import LowRankConfig, load_json
 from ds_lowrank.gloo import await_gloo_at_exit
@@ -68,7 +68,7 @@ def build_optimizer(
     model: nn.Module,
     config: LowRankConfig | Mapping[str, Any] | None = None,
     *,
-    lr: float | None = None,
+    lr: float | Tensor | None = None,
     betas: tuple[float, float] | None = None,
     eps: float | None = None,
     weight_decay: float | None = None,

@@ -350,3 +350,27 @@ def test_groups_are_the_same_on_any_number_of_ranks_unless_they_are_flattened(mo
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     names = [group["name"] for group in param_groups(Model(), LowRankConfig(rank=4))]
     assert names == ["lowrank.0", "full.decay", "full.no_decay"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (["in_proj"], ["attention.in_proj_weight"]),
+        ("attention.in_proj_weight", ["attention.in_proj_weight"]),
+        (r".*\.(in_proj|out_proj)", ["attention.in_proj_weight", "attention.out_proj.weight"]),
+        (["attention"], ["attention.out_proj.weight"]),
+        (["proj"], ["attention.out_proj.weight"]),
+        (r".*attention.*", ["attention.out_proj.weight"]),
+        (["weight_hh_l0"], ["gru.weight_hh_l0"]),
+        (["weight_hh", "out_proj"], None),
+        ("all-linear", ["attention.out_proj.weight"]),
+    ],
+)
+def test_a_matrix_of_another_module_is_reached_by_its_own_name_alone(targets, names):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 4), "gru": nn.GRU(16, 8)})
+    config = LowRankConfig(rank=4, optim_target_modules=targets)
+    if names is None:
+        with pytest.raises(ValueError, match="'weight_hh' matches no trainable linear layer"):
+            projected_names(model, config)
+    else:
+        assert projected_names(model, config) == names
