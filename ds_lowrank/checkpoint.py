@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import pickle
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -18,17 +16,15 @@ from torch import Tensor, nn
 from ds_lowrank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.adopt import count_of
 from ds_lowrank.full_rank import MOMENTS, new_state
-from ds_lowrank.layouts import LayoutError, Piece, local_tensors, write_parameter
-from ds_lowrank.layouts.zero_files import optimizer_files, packed_state, tag_folder
+from ds_lowrank.layouts import LayoutError, Piece, local_tensors, whole_shape, write_parameter
+from ds_lowrank.opening import open_checkpoint
 from ds_lowrank.optimizer import LowRankAdamW
-from ds_lowrank.param_groups import clean_name, named_weights
-from ds_lowrank.pieces import DESCRIPTION_KEY
+from ds_lowrank.param_groups import named_weights
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState, tensor_of
 from ds_lowrank.report import unwrap
-from ds_lowrank.sources import Source, WholeSource, ZeroSource, load_file, read_piece
+from ds_lowrank.sources import Source, read_piece
 from ds_lowrank.targets import advise_naming
-from ds_lowrank.torch_files import dcp_tensors, model_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -47,36 +43,6 @@ class Loaded:
     ranks: int | None
     matrices: int
     fresh: int
-
-
-def open_checkpoint(folder: str | Path) -> Source:
-    """A checkpoint of DeepSpeed, FSDP2, DDP or one process, by the Trainer, accelerate or ``engine.save_checkpoint``.
-
-    Args:
-        folder: of the checkpoint: ``checkpoint-1000`` of a Trainer, or what ``save_checkpoint`` was given (or the
-            folder of a tag in it).
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no weights in it.
-        ValueError: a file is damaged, or files of some ranks are missing.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no checkpoint folder {folder}")
-    tag = tag_folder(folder)
-    if tag is not None:
-        files = [load_file(path) for path in optimizer_files(tag)]
-        if files and all(DESCRIPTION_KEY in packed_state(content)[1] for content in files):
-            return ZeroSource(tag, files, model_tensors(folder, tag))
-        return WholeSource(folder, "DeepSpeed with another optimizer", model_tensors(folder, tag), {})
-    ranks = _ranks_that_wrote(folder)
-    if (folder / "optimizer_0" / ".metadata").is_file():
-        states = _by_parameter(dcp_tensors(folder / "optimizer_0"))
-        return WholeSource(folder, "FSDP2", model_tensors(folder), states, ranks)
-    for name, layout in (("optimizer.bin", "FSDP2 or accelerate"), ("optimizer.pt", "DDP or one process")):
-        if (folder / name).is_file():
-            return WholeSource(folder, layout, model_tensors(folder), _whole_states(folder / name), ranks)
-    return WholeSource(folder, "weights only", model_tensors(folder), {}, ranks)
 
 
 @torch.no_grad()
@@ -99,18 +65,32 @@ def load_checkpoint(folder: str | Path | Source, model: nn.Module, optimizer: An
     inner = unwrap(optimizer)
     layout = inner.layout
     source: Any = None
+    named: dict[str, Tensor] = {}
+    fault: str | None = None
     try:
         source = open_checkpoint(folder) if isinstance(folder, (str, Path)) else folder
         named = named_weights(model)
         fault = _weights_fault(source, inner, named, strict) or _states_fault(source, inner)
+        if fault is None:
+            source.probe(layout.ranks.rank, layout.ranks.size)
     except (ValueError, OSError) as error:
         fault = str(error)
-    for rank, found in enumerate(inner.comm.gather_objects(fault, "checkpoint")):
-        if found:
-            raise ValueError(f"the checkpoint cannot be continued (rank {rank}): {found}")
-    _load_weights(source, inner, named)
-    _load_full_rank(source, inner)
-    states = {p.name: s for p in inner.plans if (s := _matrix_state(source, inner, p)) is not None}
+    _agree(inner, fault)
+    # Nothing should fail from here on; if it does, all ranks end together all the same.
+    states: dict[str, MatrixState] = {}
+    for key in [k for k in inner.state if isinstance(k, Tensor)]:
+        del inner.state[key]
+    eight_bit = inner.full_rank if isinstance(inner.full_rank, EightBitFullRank) else None
+    try:
+        _load_weights(source, inner, named)
+        if eight_bit is None:
+            _load_full_rank(source, inner)
+        states = {p.name: s for p in inner.plans if (s := _matrix_state(source, inner, p)) is not None}
+    except (ValueError, OSError, RuntimeError) as error:
+        fault = str(error)
+    _agree(inner, fault)
+    if eight_bit is not None:
+        eight_bit.load(inner.state, source)  # collective
     inner.replace_states(states)
     mismatches = inner.comm.gather_objects(layout.mismatch(), "checkpoint")
     for rank, found in enumerate(mismatches):
@@ -128,60 +108,11 @@ def load_checkpoint(folder: str | Path | Source, model: nn.Module, optimizer: An
     return loaded
 
 
-def has_low_rank(folder: str | Path) -> bool:
-    """Whether a checkpoint holds states of this optimizer; see :func:`open_checkpoint`."""
-    return bool(open_checkpoint(folder).matrices)
-
-
-# -- opening ----------------------------------------------------------------------------------------------------------
-
-
-def _whole_states(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        content = load_file(path)
-    except ValueError as error:
-        if not isinstance(error.__cause__, pickle.UnpicklingError):
-            raise  # damaged
-        # galore-torch keeps objects in its state.
-        logger.warning("%s: its weights are used, its optimizer is not", error)
-        return {}
-    groups = content["param_groups"]
-    ids = [key for group in groups for key in group["params"]]
-    names = [name for group in groups for name in group.get("param_names", [])]
-    if len(names) != len(ids):
-        names = [str(key) for key in ids]
-    state = content["state"]
-    return {
-        clean_name(name): {k: v for k, v in state[key].items() if isinstance(v, Tensor)}
-        for key, name in zip(ids, names)
-        if key in state
-    }
-
-
-def _by_parameter(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """``optimizer.state.<parameter>.<key>`` -> parameter -> key."""
-    states: dict[str, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        start, _, rest = name.partition("state.")
-        if start in ("", "optimizer.") and rest:
-            parameter, _, key = rest.rpartition(".")
-            states.setdefault(clean_name(parameter), {})[key] = tensor
-    return states
-
-
-def _ranks_that_wrote(folder: Path) -> int | None:
-    """The Trainer leaves a file of random states for every rank."""
-    found = len(list(folder.glob("rng_state_*.pth"))) or int((folder / "rng_state.pth").is_file())
-    return found or None
-
-
-def trainer_step(folder: str | Path) -> int | None:
-    """Step of a Trainer's checkpoint; ``None`` where there is no ``trainer_state.json``."""
-    path = Path(folder) / "trainer_state.json"
-    return json.loads(path.read_text())["global_step"] if path.is_file() else None
-
-
-# -- loading ----------------------------------------------------------------------------------------------------------
+def _agree(optimizer: LowRankAdamW, fault: str | None) -> None:
+    """Raise on all ranks what one of them has found. Collective."""
+    for rank, found in enumerate(optimizer.comm.gather_objects(fault, "checkpoint")):
+        if found:
+            raise ValueError(f"the checkpoint cannot be continued (rank {rank}): {found}")
 
 
 def _weights_fault(source: Source, optimizer: LowRankAdamW, others: Mapping[str, Tensor], strict: bool) -> str | None:
@@ -198,6 +129,12 @@ def _weights_fault(source: Source, optimizer: LowRankAdamW, others: Mapping[str,
     absent = [n for n in rest if n not in saved and n not in source.others] if strict and rest else []
     if absent:
         return f"it has no {absent[0]}, which is frozen, or a buffer, in this model"
+    for name in rest:
+        shape = saved.get(name)
+        if shape is None and name in source.others:
+            shape = tuple(source.others[name].shape)
+        if shape is not None and shape != whole_shape(others[name]):
+            return f"{name} is {shape} in it and {whole_shape(others[name])} in this model"
     return None
 
 
@@ -221,13 +158,15 @@ def _states_fault(source: Source, optimizer: LowRankAdamW) -> str | None:
         if saved.formats.names != formats.names:
             return f"{plan.name} {plan.shape} {formats.differ(*saved.formats.names)}"
     projected = {plan.parameter for plan in plans}
-    moments = source.full_rank()
-    for member in [m for m in optimizer.members if m.name not in projected and source.counter(m.name) is not None]:
+    kept = source.full_rank()
+    for member in [m for m in optimizer.members if m.name not in projected and m.name in kept]:
+        if source.counter(member.name) is None:
+            continue
         # Where no matrix has a state, the others may still have codes, which are not made numbers again.
         if formats.state_dtype != "int8" and source.moment_dtype(member.name) == torch.uint8:
             return f"{member.name} has 8-bit moments there: use state_dtype 'int8'"
-        if moments.get(member.name, member.shape) != member.shape:
-            return f"AdamW's moments of {member.name} are {moments[member.name]} in it and {member.shape} in this model"
+        if kept[member.name] != member.shape:
+            return f"AdamW's moments of {member.name} are {kept[member.name]} in it and {member.shape} in this model"
         if count_of(source.counter(member.name)) is None:
             return f"AdamW's steps of {member.name} {member.shape} are {source.counter(member.name)}, no whole number"
     return None
@@ -265,11 +204,6 @@ def _load_full_rank(source: Source, optimizer: LowRankAdamW) -> None:
     """AdamW's moments of what is not projected."""
     layout = optimizer.layout
     projected = {plan.parameter for plan in optimizer.plans}
-    for key in [k for k in optimizer.state if isinstance(k, Tensor)]:
-        del optimizer.state[key]
-    if isinstance(optimizer.full_rank, EightBitFullRank):
-        optimizer.full_rank.load(optimizer.state, source)
-        return
     shapes = {m.name: m.shape for m in optimizer.members}
     for name in shapes:
         here = name in layout.pieces

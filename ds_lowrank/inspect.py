@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_lowrank import manifest
-from ds_lowrank.checkpoint import open_checkpoint, trainer_step
+from ds_lowrank.opening import open_checkpoint, trainer_step
 from ds_lowrank.states.blocks import count
 
 

@@ -12,7 +12,7 @@ are put together as a whole, by DeepSpeed's own tool.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,12 +20,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ds_lowrank.full_rank import MOMENTS
 from ds_lowrank.layouts import Piece
-from ds_lowrank.layouts.zero_files import packed_state
 from ds_lowrank.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, STATE_KEY
-from ds_lowrank.states.blocks import BLOCK
+from ds_lowrank.rank_files import CODES, SCALES, check_counter, check_rank_files
+from ds_lowrank.states.blocks import BLOCK, count
 from ds_lowrank.states.formats import ROW_KEYS, Formats, saved_formats
 
+_ADAMW = {"step", *MOMENTS, *CODES, *SCALES}
+# What no other optimizer keeps.
+_OURS = ("refreshes", "overlaps")
 NUMBERS = ("step", "refreshes", "indices", "overlaps")
 
 
@@ -104,6 +108,14 @@ class Source(Protocol):
         """``step``, ``refreshes``, ``indices`` (r), ``overlaps``."""
         ...
 
+    def probe(self, share: int, shares: int) -> None:
+        """Read one of ``shares`` parts of what cannot be known to be whole before it is read, and forget it.
+
+        Raises:
+            ValueError: something is damaged; names the file.
+        """
+        ...
+
 
 def read_piece(source: Source, name: str, key: str, piece: Piece, shape: tuple[int, ...]) -> Tensor:
     """1-D elements of a piece of a parameter, see :meth:`Source.elements`.
@@ -120,39 +132,13 @@ def read_piece(source: Source, name: str, key: str, piece: Piece, shape: tuple[i
     return found.view(shape).narrow(piece.dim, piece.start, piece.stop - piece.start).reshape(-1)
 
 
-def load_file(path: Path) -> Any:
-    """A file that ``torch.save`` wrote, memory-mapped.
-
-    Raises:
-        ValueError: it is damaged, or holds more than tensors and numbers (another optimizer's objects).
-    """
-    try:
-        with torch.serialization.safe_globals(_deepspeed_classes()):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read ({_first_line(error)})") from error
-
-
-def _deepspeed_classes() -> list[Any]:
-    """What DeepSpeed puts into its files beside tensors."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    def stage(kind: Any, name: str) -> Any:
-        if kind is not ZeroStageEnum:
-            raise ValueError(f"getattr of {kind!r}")
-        return ZeroStageEnum[name]
-
-    # Before 3.11.4 Python pickles a member of an enumeration as getattr, which would reach anything if it were allowed.
-    named = [(stage, "builtins.getattr"), (stage, "__builtin__.getattr")]
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, *named]
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+def missing_keys(entry: Mapping[str, Any]) -> list[str]:
+    """What a state of a matrix lacks under the names of any format."""
+    wanted = [*NUMBERS, "left"]
+    for quantity in (*MOMENTS, "basis"):
+        coded = [f"{quantity}_codes", f"{quantity}_scale"]
+        wanted += coded if any(key in entry for key in coded) else [quantity]
+    return [key for key in wanted if key not in entry]
 
 
 def _saved_formats(entry: Mapping[str, Any]) -> tuple[Formats, torch.dtype] | None:
@@ -170,8 +156,13 @@ class WholeSource:
     Args:
         folder: of the checkpoint.
         layout, ranks: see :class:`Source`.
-        weights: name -> tensor, or what reads it when indexed.
+        weights: name -> tensor, or what reads it.
         states: name -> key -> tensor; the same.
+        projected: parameters that the optimizer's groups say are projected.
+        teller: file or folder of the states, for errors.
+
+    Raises:
+        ValueError: a state lacks some of its tensors, or they do not fit together.
     """
 
     def __init__(
@@ -181,23 +172,85 @@ class WholeSource:
         weights: Mapping[str, Any],
         states: Mapping[str, Mapping[str, Any]],
         ranks: int | None = None,
+        projected: Iterable[str] = (),
+        teller: Path | None = None,
     ):
         self.folder, self.layout, self.ranks = folder, layout, ranks
         self._weights, self._states = weights, states
         self._last: tuple[Any, Tensor] = (None, torch.empty(0))
         self.others: Mapping[str, Tensor] = {}
         self.matrices: dict[str, SavedMatrix] = {}
-        for parameter, entry in states.items():
-            found = _saved_formats(entry)
-            if found is None or not all(key in entry for key in NUMBERS):
-                continue
-            formats, dtype = found
-            *stack, long, r = entry[formats.exp_avg.keys("exp_avg")[0]].shape
-            short = entry[formats.basis.keys("basis")[0]].shape[-2]
-            left = bool(self._state(parameter, "left").flatten()[0])
-            for e in range(stack[0]) if stack else [None]:
-                name = parameter if e is None else f"{parameter}[{e}]"
-                self.matrices[name] = SavedMatrix(parameter, e, long, short, r, left, formats, dtype)
+        teller = teller or folder
+        ours = [name for name, entry in states.items() if any(key in entry for key in _OURS)]
+        # A state that is AdamW's and nothing else is looked at as that.
+        without = [name for name in projected if not states.get(name) or not _ADAMW.issuperset(states[name])]
+        for parameter in dict.fromkeys((*ours, *(without if ours else ()))):
+            self._take_matrix(parameter, states.get(parameter, {}), teller)
+        self._check_moments(bool(ours), teller)
+
+    def _take_matrix(self, parameter: str, entry: Mapping[str, Any], teller: Path) -> None:
+        missing = missing_keys(entry)
+        if missing:
+            what = ", ".join(missing) if entry else "the state"
+            raise ValueError(f"{teller} lacks {what} of {parameter}, which is projected in it: it is damaged")
+        shapes = {key: tuple(tensor.shape) for key, tensor in entry.items()}
+        *stack, r = shapes["indices"] or (0,)
+        found = _saved_formats(entry)
+        if found is None or len(stack) > 1:
+            raise ValueError(f"{teller} is damaged: the state of {parameter} is {shapes}")
+        formats, dtype = found
+        sizes = {"exp_avg": 0, "exp_avg_sq": 0, "basis": 0}
+        for key, rows in formats.rows(r, dtype).items():
+            size = sizes[rows.of] = sizes[rows.of] or (shapes[key][-2] if len(shapes[key]) > 1 else 0)
+            if shapes[key] != (*stack, size, rows.width) or entry[key].dtype != rows.dtype:
+                raise ValueError(
+                    f"{teller} is damaged: {key} of {parameter} is {shapes[key]} {entry[key].dtype}, not "
+                    f"{(*stack, size, rows.width)} {rows.dtype}"
+                )
+        numbers = (shapes["step"], shapes["refreshes"], shapes["left"], shapes["overlaps"][:-1])
+        long, short = sizes["exp_avg"], sizes["basis"]
+        if sizes["exp_avg_sq"] != long or any(shape != tuple(stack) for shape in numbers):
+            raise ValueError(f"{teller} is damaged: the tensors of {parameter} do not fit together: {shapes}")
+        for key in ("step", "refreshes"):
+            check_counter({key: self._state(parameter, key)}, key, parameter, teller)
+        left = bool(self._state(parameter, "left").flatten()[0])
+        weight = self._weights.get(parameter)
+        if weight is not None and tuple(weight.shape) != (*stack, *((short, long) if left else (long, short))):
+            raise ValueError(
+                f"{teller} has a state of {parameter} for {long} x {short} weights, and those in {self.folder} are "
+                f"{tuple(weight.shape)}: they are not of one checkpoint"
+            )
+        for e in range(stack[0]) if stack else [None]:
+            name = parameter if e is None else f"{parameter}[{e}]"
+            self.matrices[name] = SavedMatrix(parameter, e, long, short, r, left, formats, dtype)
+
+    def _check_moments(self, ours: bool, teller: Path) -> None:
+        """AdamW's, of what is not projected: whole where this package, or any AdamW, has written them."""
+        projected = {saved.parameter for saved in self.matrices.values()}
+        rest = {name: set(entry) for name, entry in self._states.items() if name not in projected and entry}
+        whole = {name for name in rest if self._moment(name)}
+        for name, keys in rest.items():
+            if name not in whole and keys <= _ADAMW and (ours or whole):
+                wanted = (*CODES, *SCALES, "step") if keys & {*CODES, *SCALES} else (*MOMENTS, "step")
+                missing = [key for key in wanted if key not in keys]
+                raise ValueError(f"{teller} lacks {', '.join(missing)} of {name}: it is damaged")
+        for name in whole:
+            shape = tuple(self._states[name][self._moment(name)].shape)
+            known = tuple(self._weights[name].shape) if name in self._weights else shape
+            sizes = dict.fromkeys((*MOMENTS, *CODES), known)
+            sizes.update(dict.fromkeys(SCALES, (count(torch.Size(known).numel()),)))
+            for key in rest[name] & set(sizes):
+                found = tuple(self._states[name][key].shape)
+                if ours and found != sizes[key]:
+                    raise ValueError(f"{teller} is damaged: {key} of {name} is {found} in it, not {sizes[key]}")
+            if ours:
+                check_counter({"step": self._state(name, "step")}, "step", name, teller)
+
+    def probe(self, share: int, shares: int) -> None:  # noqa: D102
+        tables = [self._weights, *self._states.values()]
+        stored = [tensor for table in tables for tensor in table.values() if not isinstance(tensor, Tensor)]
+        for tensor in stored[share::shares]:
+            tensor.read()
 
     def full_rank(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
         projected = {saved.parameter for saved in self.matrices.values()}
@@ -208,8 +261,10 @@ class WholeSource:
         return self._states[parameter][self._moment(parameter)].dtype
 
     def _moment(self, parameter: str) -> str:
-        """Key of M; empty: there is none."""
-        return next((key for key in ("exp_avg", "exp_avg_codes") if key in self._states[parameter]), "")
+        """Key of M; empty: AdamW's state is not there, or not whole."""
+        entry = self._states.get(parameter, {})
+        kinds = (("exp_avg", MOMENTS), ("exp_avg_codes", (*CODES, *SCALES)))
+        return next((key for key, all_keys in kinds if all(k in entry for k in (*all_keys, "step"))), "")
 
     def parameters(self) -> dict[str, tuple[int, ...]]:  # noqa: D102
         return {name: tuple(tensor.shape) for name, tensor in self._weights.items()}
@@ -224,7 +279,14 @@ class WholeSource:
         return None if found is None else found.reshape(-1)[start:stop]
 
     def counter(self, parameter: str) -> float | None:  # noqa: D102
-        return float(self._state(parameter, "step")) if "step" in self._states.get(parameter, {}) else None
+        key = self._moment(parameter)
+        if not key:
+            return None
+        # Another optimizer may keep something else under AdamW's names.
+        weight = self._weights.get(parameter)
+        if weight is not None and self._states[parameter][key].shape != weight.shape:
+            return None
+        return float(self._state(parameter, "step"))
 
     def rows(self, matrix: str, key: str, start: int, stop: int) -> Tensor:  # noqa: D102
         saved = self.matrices[matrix]
@@ -257,35 +319,36 @@ class ZeroSource:
 
     Args:
         folder: with the ``*_optim_states.pt`` of all ranks.
-        files: their contents, in rank order.
+        files: path, flat masters and packed state of each, in rank order.
         others: see :class:`Source`.
 
     Raises:
-        ValueError: files of some ranks are missing.
+        ValueError: see :func:`ds_lowrank.rank_files.check_rank_files`.
     """
 
-    def __init__(self, folder: Path, files: list[dict[str, Any]], others: Mapping[str, Tensor]):
+    def __init__(
+        self, folder: Path, files: list[tuple[Path, list[Tensor], dict[str, Any]]], others: Mapping[str, Tensor]
+    ):
+        check_rank_files(folder, files)
         self.folder, self.others = folder, others
-        parts = [packed_state(content) for content in files]
-        self._masters = [masters for masters, _ in parts]
-        self._packed = [packed["state"] for _, packed in parts]
-        self._about = [packed[DESCRIPTION_KEY] for _, packed in parts]
+        self._masters = [masters for _, masters, _ in files]
+        self._packed = [packed["state"] for _, _, packed in files]
+        self._about = [packed[DESCRIPTION_KEY] for _, _, packed in files]
         self.layout, self.ranks = self._about[0]["layout"], self._about[0]["ranks"]
-        if [a["rank"] for a in self._about] != list(range(self.ranks)):
-            raise ValueError(
-                f"{folder} has the files of {len(files)} ranks, and {self.ranks} wrote it: some are missing, "
-                "or left over from another run"
-            )
         self._shapes = {name: tuple(p["shape"]) for name, p in self._about[0]["parameters"].items()}
         self.matrices = {}
         for name, m in self._about[0]["matrices"].items():
-            kept = [s for k in range(self.ranks) if "row" in (s := self._low_rank(k).get(name, {}))]
-            found = _saved_formats(kept[0]) if kept else None
-            if found is not None:
-                index = None if m["index"] < 0 else m["index"]
-                long, short = reversed(m["shape"]) if m["left"] else m["shape"]
-                left = bool(m["left"])
-                self.matrices[name] = SavedMatrix(m["parameter"], index, long, short, m["rank"], left, *found)
+            found = _saved_formats(
+                next(s for k in range(self.ranks) if "row" in (s := self._low_rank(k).get(name, {})))
+            )
+            assert found is not None  # the files were checked
+            index = None if m["index"] < 0 else m["index"]
+            long, short = reversed(m["shape"]) if m["left"] else m["shape"]
+            left = bool(m["left"])
+            self.matrices[name] = SavedMatrix(m["parameter"], index, long, short, m["rank"], left, *found)
+
+    def probe(self, share: int, shares: int) -> None:  # noqa: D102
+        pass  # memory-mapped as a whole, and looked at when it was opened
 
     def _low_rank(self, rank: int) -> dict[str, Any]:
         return self._packed[rank].get(STATE_KEY, {})

@@ -1,29 +1,25 @@
-"""Tensors by name in files of torch's distributed checkpoints, safetensors and ``torch.save``."""
+"""Tensors by name in files of safetensors, ``torch.save`` and DeepSpeed's stages of another optimizer."""
 
 from __future__ import annotations
 
-import inspect
-import json
-import warnings
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ds_lowrank.sources import load_file
-
-SMALL = 1 << 12  # numbers
+from ds_lowrank.folders import member, read_object
+from ds_lowrank.layouts.dcp_files import DistributedFiles
+from ds_lowrank.safe_load import load_file
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that is read when it is needed.
+    """A tensor of a safetensors file, read when it is needed.
 
     Attributes:
         shape: of it.
@@ -32,20 +28,28 @@ class Stored:
     shape: tuple[int, ...]
     path: Path
     name: str
-    dtype: torch.dtype | None = None
 
     def read(self) -> Tensor:
-        """The whole tensor, on the CPU."""
-        if self.dtype is None:
+        """The whole tensor, on the CPU.
+
+        Raises:
+            ValueError: it cannot be read; names the file.
+        """
+        try:
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(self.name)
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        _load_alone({self.name: tensor}, self.path)
-        return tensor
+        except Exception as error:  # safetensors has a class of its own
+            raise ValueError(f"{self.path} cannot be read: {error}") from error
 
 
 class Consolidated(Mapping[str, Tensor]):
-    """The fp32 weights of a DeepSpeed checkpoint, put together by DeepSpeed itself when they are first needed."""
+    """The fp32 weights of a DeepSpeed checkpoint, put together by DeepSpeed itself when they are first needed.
+
+    DeepSpeed's tool unpickles without restriction: what it is going to read is read here before, with it.
+
+    Args:
+        tag: folder with DeepSpeed's files.
+    """
 
     def __init__(self, tag: Path):
         self._tag = tag
@@ -53,9 +57,19 @@ class Consolidated(Mapping[str, Tensor]):
 
     def _all(self) -> dict[str, Tensor]:
         if self._weights is None:
+            for path in sorted((*self._tag.glob("*_model_states.pt"), *self._tag.glob("*_optim_states.pt"))):
+                load_file(path)
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-            self._weights = get_fp32_state_dict_from_zero_checkpoint(str(self._tag.parent), tag=self._tag.name)
+            try:
+                with redirect_stdout(sys.stderr):  # it tells of its progress
+                    weights = get_fp32_state_dict_from_zero_checkpoint(str(self._tag.parent), tag=self._tag.name)
+            except Exception as error:  # of whatever a file lacks
+                raise ValueError(
+                    f"{self._tag} is damaged or incomplete: DeepSpeed makes no weights of it "
+                    f"({type(error).__name__}: {error})"
+                ) from error
+            self._weights = weights
         return self._weights
 
     def __getitem__(self, name: str) -> Tensor:
@@ -66,38 +80,6 @@ class Consolidated(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._all())
-
-
-def dcp_tensors(folder: Path) -> dict[str, Any]:
-    """The tensors of a distributed checkpoint by their flattened names: :class:`Stored`, or read if they are small.
-
-    Raises:
-        ValueError: its metadata cannot be read.
-    """
-    try:
-        metadata = dcp.FileSystemReader(folder).read_metadata()
-    except Exception as error:
-        raise ValueError(f"{folder / '.metadata'} cannot be read: {error}") from error
-    tensors = {
-        n: about for n, about in metadata.state_dict_metadata.items() if isinstance(about, TensorStorageMetadata)
-    }
-    # Small ones at once: every read goes through the metadata of all.
-    small = {n: torch.empty(a.size, dtype=a.properties.dtype) for n, a in tensors.items() if a.size.numel() <= SMALL}
-    _load_alone(small, folder)
-    stored = {n: Stored(tuple(a.size), folder, n, a.properties.dtype) for n, a in tensors.items() if n not in small}
-    return {**stored, **small}
-
-
-def _load_alone(tensors: dict[str, Any], folder: Path) -> None:
-    """Read on this rank alone, whatever process group there is."""
-    reader = dcp.FileSystemReader(folder)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-    if "no_dist" in inspect.signature(dcp.load).parameters:
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    else:  # torch < 2.8
-        from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-        _load_state_dict(tensors, reader, no_dist=True)
 
 
 def model_tensors(folder: Path, tag: Path | None = None) -> Mapping[str, Any]:
@@ -114,18 +96,41 @@ def model_tensors(folder: Path, tag: Path | None = None) -> Mapping[str, Any]:
     if tag is not None:
         return Consolidated(tag)
     if (folder / "pytorch_model_fsdp_0" / ".metadata").is_file():
-        stored = dcp_tensors(folder / "pytorch_model_fsdp_0")
+        stored = DistributedFiles(folder / "pytorch_model_fsdp_0").tensors
         return {name.removeprefix("model."): s for name, s in stored.items()}  # accelerate saves {"model": ...}
     for name in ("pytorch_model_fsdp.bin", "pytorch_model.bin"):
         if (folder / name).is_file():
-            return load_file(folder / name)
+            return _table(folder / name)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return {name: stored for file in files for name, stored in _safetensors(folder / file)}
+        return _indexed(folder, index)
     if (folder / "model.safetensors").is_file():
         return dict(_safetensors(folder / "model.safetensors"))
     raise FileNotFoundError(f"{folder} holds no weights (model.safetensors, pytorch_model*.bin, global_step*)")
+
+
+def _table(path: Path) -> dict[str, Tensor]:
+    content = load_file(path)
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{path} is damaged: it holds no weights by their names")
+    return tensors
+
+
+def _indexed(folder: Path, index: Path) -> dict[str, Stored]:
+    """What an index says is in files beside it, and is."""
+    tensors: dict[str, Stored] = {}
+    there: dict[Path, dict[str, Stored]] = {}
+    for name, file in read_object(index, weight_map=dict)["weight_map"].items():
+        path = member(folder, file, index)
+        if path not in there:
+            if not path.is_file():
+                raise ValueError(f"{path} is missing, and {index} names it: the checkpoint is incomplete")
+            there[path] = dict(_safetensors(path))
+        if name not in there[path]:
+            raise ValueError(f"{path} lacks {name}, which {index} says is in it")
+        tensors[name] = there[path][name]
+    return tensors
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, Stored]]:

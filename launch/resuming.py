@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ from sharding import world_size
 
 from ds_lowrank import manifest
 from ds_lowrank.integrations.checkpoints import course_refusal
+from ds_lowrank.opening import check_checkpoint, trainer_step
 
 
 def resolve_resume(args: Any) -> None:
@@ -46,6 +46,7 @@ def resolve_resume(args: Any) -> None:
     if folder is not None:
         try:
             found = manifest.verify(folder, (_rank(), world_size()))
+            check_checkpoint(folder)
         except ValueError as error:
             raise ValueError(f"{flag}: {error}") from error
         if found.facts.get("model_only"):
@@ -63,10 +64,10 @@ def resolve_resume(args: Any) -> None:
 
 
 def _steps_made(folder: Path) -> int:
-    path = folder / "trainer_state.json"
-    if not path.is_file():
+    step = trainer_step(folder)
+    if step is None:
         raise ValueError(f"{folder} has no trainer_state.json: it is no checkpoint of the Trainer")
-    return json.loads(path.read_text())["global_step"]
+    return step
 
 
 def _newest(output: Path) -> Path | None:

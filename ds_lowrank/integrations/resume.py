@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers.trainer
 
-from ds_lowrank.checkpoint import has_low_rank, load_checkpoint
+from ds_lowrank.checkpoint import load_checkpoint
+from ds_lowrank.integrations.checkpoints import together
 from ds_lowrank.integrations.transformers import _Factory
 from ds_lowrank.layouts.zero_files import optimizer_files, saved_by_stage3, tag_folder
+from ds_lowrank.opening import check_checkpoint, has_low_rank
 from ds_lowrank.report import unwrap
+from ds_lowrank.safe_load import load_file
 
 
 class ResumeAnywhere:
@@ -27,6 +29,8 @@ class ResumeAnywhere:
     framework, another optimizer's checkpoint) :func:`ds_lowrank.load_checkpoint` brings model and optimizer to where
     the checkpoint left off, and the Trainer the rest: its step, the position in the data, the learning-rate schedule
     and the random states of those ranks that there were.
+
+    Whoever loads it, a checkpoint is looked at before: see :func:`ds_lowrank.opening.check_checkpoint`.
     """
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -37,6 +41,7 @@ class ResumeAnywhere:
             return trainer.train(resume_from_checkpoint, *args, **kwargs)
 
     _resumed = True
+    _checked: frozenset[str] = frozenset()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The Trainer's, which is asked for the weights first."""
@@ -62,7 +67,7 @@ class ResumeAnywhere:
                 "let the Trainer make the schedule"
             )
         groups = unwrap(this.optimizer).param_groups
-        this.lr_scheduler.load_state_dict(_fit_schedule(torch.load(scheduler, weights_only=True), len(groups)))
+        this.lr_scheduler.load_state_dict(_fit_schedule(load_file(scheduler), len(groups)))
         # A scheduler sets rates when it steps; until then they are in the optimizer's saved state elsewhere.
         for group, rate in zip(groups, this.lr_scheduler.get_last_lr()):
             group["lr"] = rate
@@ -74,8 +79,34 @@ class ResumeAnywhere:
                 flush=True,
             )
 
+    def _load_best_model(self) -> None:
+        """The Trainer's, which takes the folder's name from a checkpoint."""
+        this: Any = self
+        if this.state.best_model_checkpoint is not None:
+            self._check(this.state.best_model_checkpoint)
+        trainer: Any = super()
+        trainer._load_best_model()
+
+    def _check(self, checkpoint: str) -> None:
+        """Refuse on all ranks what could run when it is loaded. Collective at the first call for a folder."""
+        if checkpoint in self._checked:
+            return
+
+        def fault() -> str | None:
+            try:
+                check_checkpoint(checkpoint)
+            except ValueError as error:
+                return str(error)
+            return None
+
+        for rank, found in enumerate(together(fault, f"reading {checkpoint}")):
+            if found:
+                raise ValueError(f"the checkpoint cannot be continued (rank {rank}): {found}")
+        self._checked |= {checkpoint}
+
     def _is_foreign(self, checkpoint: str) -> bool:
         """Whether the Trainer cannot load a checkpoint here, or would load another optimizer's states."""
+        self._check(checkpoint)
         return self._has_low_rank() and not _is_native(Path(checkpoint), self)
 
     def _has_low_rank(self) -> bool:

@@ -9,16 +9,25 @@ from typing import Any
 
 from torch import Tensor
 
+from ds_lowrank.folders import member, read_text
+
 _OPTIMIZER_FILE = re.compile(r".*zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
 def tag_folder(folder: Path) -> Path | None:
-    """The folder with DeepSpeed's files in what ``engine.save_checkpoint`` wrote; ``None``: nothing of DeepSpeed."""
+    """The folder with DeepSpeed's files in what ``engine.save_checkpoint`` wrote; ``None``: nothing of DeepSpeed.
+
+    Raises:
+        ValueError: ``latest`` names no folder inside.
+    """
     if any(folder.glob("*_optim_states.pt")):
         return folder
     latest = folder / "latest"
     if latest.is_file():
-        return folder / latest.read_text().strip()
+        tag = member(folder, read_text(latest), latest)
+        if not tag.is_dir():
+            raise ValueError(f"{latest} names {tag.name}, and there is no such folder: the checkpoint is incomplete")
+        return tag
     tags = sorted(folder.glob("global_step*"), key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
     return tags[-1] if tags else None
 
@@ -34,9 +43,24 @@ def saved_by_stage3(tag: Path) -> bool:
     return any(tag.glob("zero_pp_rank_*_model_states.pt"))
 
 
-def packed_state(content: Mapping[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
-    """Flat masters by unit, and the packed state of the optimizer inside, from one rank's file."""
-    state = content["optimizer_state_dict"]
-    if "fp32_flat_groups" in state:  # stage 3
-        return state["fp32_flat_groups"], state["optimizer_state_dict"]
-    return state["single_partition_of_fp32_groups"], state["base_optimizer_state"]
+def packed_state(content: Any, path: Path) -> tuple[list[Tensor], Any]:
+    """Flat masters by unit, and the packed state of the optimizer inside, from one rank's file.
+
+    Args:
+        content: of the file, as it was read.
+        path: of the file, for errors.
+
+    Raises:
+        ValueError: it is none of stages 1–3.
+    """
+    state = content.get("optimizer_state_dict") if isinstance(content, Mapping) else None
+    if isinstance(state, Mapping):
+        for masters, packed in (
+            ("fp32_flat_groups", "optimizer_state_dict"),  # stage 3
+            ("single_partition_of_fp32_groups", "base_optimizer_state"),
+        ):
+            if masters in state and packed in state:
+                flats = state[masters]
+                if isinstance(flats, list) and all(isinstance(flat, Tensor) for flat in flats):
+                    return flats, state[packed]
+    raise ValueError(f"{path} is damaged: it is no optimizer's file of DeepSpeed's stages 1 to 3")

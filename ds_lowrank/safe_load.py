@@ -1,0 +1,107 @@
+"""Files of ``torch.save`` without what could run in them: torch's restricted reader and a list of allowed classes."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Packages of the standard library in which a pickle finds containers and nothing that acts.
+_HARMLESS = ("collections", "functools", "enum", "datetime", "pathlib", "types")
+
+
+class HoldsObjects(ValueError):
+    """A file holds objects beside tensors, numbers, texts and lists; nothing of it was run.
+
+    Attributes:
+        name: of the first of them: module and class, or function.
+    """
+
+    def __init__(self, path: Path | str, name: str):
+        self.name = name
+        super().__init__(
+            f"{path} holds {name}, which a checkpoint has no need of: opening it the ordinary way could run code, so "
+            "it is not read. Use it only if you know who made it, with a tool that trusts it"
+        )
+
+    @property
+    def acts(self) -> bool:
+        """Whether it is of Python itself: no optimizer's class, but something that would have been called."""
+        package = self.name.partition(".")[0]
+        return package in (*sys.stdlib_module_names, "__builtin__") and package not in _HARMLESS
+
+
+def load_file(path: Path) -> Any:
+    """A file that ``torch.save`` wrote, memory-mapped.
+
+    Raises:
+        FileNotFoundError: there is none.
+        HoldsObjects: it holds more than tensors, numbers, and what DeepSpeed puts into its files.
+        ValueError: it is damaged.
+    """
+    return _load(path, path, mmap=True)
+
+
+def load_bytes(data: bytes, path: Path | str) -> Any:
+    """A part of a file that ``torch.save`` wrote into it; ``path`` names it in errors. As :func:`load_file`."""
+    return _load(data, path, mmap=False)
+
+
+def _load(source: Path | bytes, path: Path | str, mmap: bool) -> Any:
+    allowed: list[Any] = []
+    while True:
+        try:
+            with torch.serialization.safe_globals(allowed):
+                file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+                return torch.load(file, map_location="cpu", weights_only=True, **({"mmap": True} if mmap else {}))
+        except FileNotFoundError:
+            raise
+        except pickle.UnpicklingError as error:
+            name = _refused_name(str(error))
+            if name is None:
+                raise ValueError(f"{path} cannot be read ({_first_line(error)})") from error
+            # DeepSpeed takes seconds to import, and most files hold nothing of it.
+            if allowed or not (name.startswith("deepspeed.") or name == "getattr"):
+                raise HoldsObjects(path, name) from error
+            allowed = _deepspeed_classes(path)
+        except Exception as error:  # zip, mmap, text and index errors of torch's reader: whatever a file may contain
+            raise ValueError(f"{path} cannot be read ({_first_line(error)})") from error
+
+
+def _refused_name(message: str) -> str | None:
+    """What torch's reader met, in the words of its error."""
+    found = re.search(r"GLOBAL ([\w.<>]+)", message)
+    if found is None:
+        return None
+    name = found[1].rstrip(".")
+    return name.replace("posix.", "os.", 1) if name.startswith(("posix.", "nt.")) else name
+
+
+def _first_line(error: Exception) -> str:
+    # Before its reason torch puts a paragraph about its own versions.
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]
+
+
+def _deepspeed_classes(path: Path | str) -> list[Any]:
+    """What DeepSpeed puts into its files beside tensors."""
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+    except ImportError as error:
+        raise ValueError(f"{path} is DeepSpeed's, which is needed to read it and is not installed") from error
+
+    def stage(kind: Any, name: str) -> Any:
+        if kind is not ZeroStageEnum:
+            raise ValueError(f"getattr of {kind!r}")
+        return ZeroStageEnum[name]
+
+    # Before 3.11.4 Python pickles a member of an enumeration as getattr, which would reach anything if it were allowed.
+    named = [(stage, "builtins.getattr"), (stage, "__builtin__.getattr")]
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, *named]
