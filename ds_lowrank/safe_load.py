@@ -6,6 +6,7 @@ import io
 import pickle
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def load_file(path: Path) -> Any:
         HoldsObjects: it holds more than tensors, numbers, and what DeepSpeed puts into its files.
         ValueError: it is damaged.
     """
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} cannot be read (it is {'no' if path.stat().st_size else 'an empty'} file of torch.save, "
+            "or truncated)"
+        )
     return _load(path, path, mmap=True)
 
 

@@ -40,6 +40,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
 
 import ds_lowrank
+from ds_lowrank.integrations.full_disk import say_last
 from ds_lowrank.integrations.transformers import check_layerwise
 from ds_lowrank.layouts import whole_shape
 from ds_lowrank.targets import find_targets
@@ -48,19 +49,26 @@ from ds_lowrank.targets import find_targets
 def main(argv: list[str]) -> int:
     """Run the script; returns its exit code.
 
-    It is 2 when the command line, the data or the checkpoint cannot be used, and ``PREEMPTED_EXIT_CODE`` when a signal
-    ended the run and it can be resumed.
+    It is 2 when the command line, the data or the checkpoint cannot be used, 1 when the disk is full, and
+    ``PREEMPTED_EXIT_CODE`` when a signal ended the run and it can be resumed.
     """
     _quieten()
     try:
         trainer, config = set_up(argv)
     except (ValueError, OSError) as error:
         return _refuse(error)
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    if trainer.checkpoints.preempted:
-        _say_preempted(trainer)
-    else:
-        _say_finished(trainer, finish(trainer, result.metrics, config))
+    try:
+        result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        if trainer.checkpoints.preempted:
+            _say_preempted(trainer)
+        else:
+            _say_finished(trainer, finish(trainer, result.metrics, config))
+    except Exception as error:
+        full = trainer.checkpoints.explain(error)
+        if full is None:
+            raise
+        say_last(full)
+        return 1
     # A launcher ends all ranks after the first.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from ds_lowrank import manifest
+from ds_lowrank.integrations.full_disk import LastLine, full_disk
 from ds_lowrank.integrations.signals import Signals, Vote, ignore_termination_in_workers
 from ds_lowrank.report import unwrap
 
@@ -42,6 +43,8 @@ class CheckpointCallback(TrainerCallback):
       got the signal: at the end of the step in one process, of the step after it on several ranks. Rank 0 then writes
       the checkpoint's path into the file that the environment variable ``DS_LOWRANK_PREEMPTED_FILE`` names: batch
       scripts cannot go by the exit code, of which torchrun makes 1.
+    - A full disk: when the error ends the process, the last line says so, with the path, the rank and the checkpoint
+      that is whole; :meth:`explain` gives it to a script that catches the error.
     - ``save_total_limit`` is taken over from the Trainer while it trains, whose own rotation runs before a checkpoint
       is complete.
 
@@ -68,6 +71,13 @@ class CheckpointCallback(TrainerCallback):
         self._vote: Vote | None = None
         self._taken: dict[str, Any] | None = None  # of the arguments, while training
         self._prepared_step = self._saved_step = -1
+        self._output: Path | None = None
+        self._step = 0  # at which the Trainer writes, if it does
+        self._last_line = LastLine(self.explain)
+
+    def explain(self, error: BaseException) -> str | None:
+        """One line about an error that came out of the training, where a full disk is its cause; else ``None``."""
+        return None if self._output is None else full_disk(error, self._output, self._step, _rank())
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):  # noqa: D102
         _check_course(args, state)
@@ -78,6 +88,8 @@ class CheckpointCallback(TrainerCallback):
         args.save_total_limit = None
         self._vote = Vote(args.device) if _ranks() > 1 else None
         ignore_termination_in_workers(train_dataloader)
+        self._output, self._step = Path(args.output_dir), state.global_step
+        self._last_line.install()
         self._signals.install()
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):  # noqa: D102
@@ -121,6 +133,7 @@ class CheckpointCallback(TrainerCallback):
         for name, value in (self._taken or {}).items():
             setattr(args, name, value)
         self._taken = None
+        self._last_line.remove()
         told = os.environ.get("DS_LOWRANK_PREEMPTED_FILE")
         if told and self.preempted and _rank() == 0:
             Path(told).write_text(f"{self.saved}\n")
@@ -156,6 +169,7 @@ class CheckpointCallback(TrainerCallback):
     def _prepare(self, args: Any, state: Any, optimizer: Any) -> None:
         """Clear the folder on rank 0 while the others wait, and have the optimizer made ready, on all ranks."""
         folder = _folder(args, state)
+        self._step = state.global_step
 
         def clear() -> None:
             if folder.is_dir():  # files of a crashed attempt, perhaps of more ranks, would be taken for this one's
