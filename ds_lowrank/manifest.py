@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_lowrank.folders import check_links, member
+
 MARKER = "complete.json"
 _UNFINISHED = MARKER + ".tmp"
 _FORMAT = 1
@@ -140,7 +142,7 @@ def read_marker(folder: str | Path) -> Manifest:
     """What a checkpoint's marker says.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: there is none, it cannot be read, or it names a file outside of the folder.
     """
     path = Path(folder) / MARKER
     if not path.is_file():
@@ -155,6 +157,8 @@ def read_marker(folder: str | Path) -> Manifest:
         facts = dict(content["facts"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}). {_WHAT_TO_DO}") from error
+    for name in files:
+        member(Path(folder), name, path)
     if written_by != _FORMAT:
         raise ValueError(f"{path} has format {written_by} and this version reads {_FORMAT}: use the version of then")
     return Manifest(files, facts)
@@ -172,10 +176,12 @@ def verify(folder: str | Path, share: tuple[int, int] = (0, 1)) -> Manifest:
         What the marker says.
 
     Raises:
-        ValueError: there is no marker, or a file is missing, truncated or changed; names the folder and the files.
+        ValueError: there is no marker, a file is missing, truncated or changed, or a link leads out of the folder;
+            names the folder and the files.
     """
     root = Path(folder)
     manifest = read_marker(root)
+    check_links(root)
     rank, ranks = share
     mine = set(deal({name: file.size for name, file in manifest.files.items()}, ranks)[rank])
     problems = []

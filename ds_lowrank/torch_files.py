@@ -49,16 +49,19 @@ class Consolidated(Mapping[str, Tensor]):
 
     Args:
         tag: folder with DeepSpeed's files.
+
+    Raises:
+        ValueError: a file is damaged, or holds what it has no need of.
     """
 
     def __init__(self, tag: Path):
+        for path in sorted((*tag.glob("*_model_states.pt"), *tag.glob("*_optim_states.pt"))):
+            load_file(path)
         self._tag = tag
         self._weights: dict[str, Tensor] | None = None
 
     def _all(self) -> dict[str, Tensor]:
         if self._weights is None:
-            for path in sorted((*self._tag.glob("*_model_states.pt"), *self._tag.glob("*_optim_states.pt"))):
-                load_file(path)
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
             try:
