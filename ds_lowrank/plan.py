@@ -52,6 +52,9 @@ class Share:
         return self.stop - self.start
 
 
+Slices = tuple[tuple[int, int] | None, ...]
+
+
 @dataclass(frozen=True)
 class MatrixPlan:
     """One projected matrix: what it is, who holds and who computes which part of it.
@@ -233,12 +236,18 @@ def plan_matrices(
     """
     schedule = _schedule(specs, stagger, wave_size)
     plans = []
+    # On many ranks most of the work is in matrices that are cut as another one was.
+    known: dict[Any, tuple[tuple[Part | None, ...], tuple[Share | None, ...], Slices]] = {}
     for spec, (phase, wave) in zip(specs, schedule):
-        parts = [part_of(p.get(spec.parameter), spec.parameter_shape, spec.index, spec.name) for p in pieces]
         side = projected_side(spec.shape, spec.proj_type)
-        shares = plan_shares(spec.shape, side, parts, spec.name, copy=copy, dealt=dealt)
         short = spec.shape[1] if side == "right" else spec.shape[0]
-        slices = _slices(shares, copy, short)
+        held = tuple(p.get(spec.parameter) for p in pieces)
+        key = (spec.parameter_shape, spec.index, spec.shape, side, held)
+        if key not in known:
+            found = tuple(part_of(piece, spec.parameter_shape, spec.index, spec.name) for piece in held)
+            dealing = plan_shares(spec.shape, side, found, spec.name, copy=copy, dealt=dealt)
+            known[key] = (found, dealing, _slices(dealing, copy, short))
+        parts, shares, slices = known[key]
         weight_dtype = dtype(spec.parameter)
         plans.append(
             MatrixPlan(
@@ -256,7 +265,7 @@ def plan_matrices(
                 weight_dtype=weight_dtype,
                 dtype=work_dtype(weight_dtype),
                 gradient_dtype=gradient_dtype(spec.parameter),
-                parts=tuple(parts),
+                parts=parts,
                 shares=shares,
                 slices=slices,
                 spread=shard_projection and any(rows not in (None, (0, short)) for rows in slices),
@@ -394,7 +403,7 @@ def _rows_share(start: int, stop: int, n: int) -> Share | None:
     )
 
 
-def _slices(shares: Sequence[Share | None], copy: Sequence[int], short: int) -> tuple[tuple[int, int] | None, ...]:
+def _slices(shares: Sequence[Share | None], copy: Sequence[int], short: int) -> Slices:
     """Rows of the basis in equal parts for the ranks that compute, within each copy of the model."""
     slices: list[tuple[int, int] | None] = [None] * len(shares)
     for c in set(copy):

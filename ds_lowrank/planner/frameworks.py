@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ds_lowrank.layouts.base import Piece
 from ds_lowrank.layouts.cuts import Shape
 from ds_lowrank.planner.live import live_elements
 from ds_lowrank.planner.model import Model
@@ -55,73 +56,76 @@ class Frame:
     host: int = 0
 
 
-def frame(model: Model, places: Places, setup: Setup, rank: int) -> Frame:
-    """What the framework of ``setup`` holds on ``rank``."""
+def frames(model: Model, places: Places, setup: Setup) -> list[Frame]:
+    """What the framework of ``setup`` holds on each rank."""
     if setup.kind in ("zero1", "zero2"):
-        return _zero12(model, places, setup, rank)
+        return _zero12(model, places, setup)
     if setup.kind == "zero3":
-        return _zero3(model, places, setup, rank)
-    if setup.kind == "fsdp2":
-        return _fsdp2(model, setup)
-    return _replicated(model, setup)
+        alike = _zero3(model, places, setup)
+    elif setup.kind == "fsdp2":
+        alike = _fsdp2(model, setup)
+    else:
+        alike = _replicated(model, setup)
+    return [alike] * setup.ranks
 
 
 def _largest(shapes: Iterable[Shape]) -> int:
     return max(map(math.prod, shapes))
 
 
-def _zero12(model: Model, places: Places, setup: Setup, rank: int) -> Frame:
+def _zero12(model: Model, places: Places, setup: Setup) -> list[Frame]:
     b, m, n = setup.width, setup.master_width, setup.ranks
     partitions = [partition_size(group, n) for group in places.groups]
     weights = sum(size * n for size in partitions) * b + model.buffer_bytes
-    held = places.pieces[rank]
-    # A parameter that a boundary cuts lies whole in the gradients of each rank that has a part of it.
-    whole = [sum(math.prod(s) for name, s in group.items() if name in held) for group in places.groups]
     apart = setup.accumulation_dtype == "fp32" and setup.dtype != "fp32"  # one fp32 buffer a partition
-    gradients = 4 * sum(partitions) if apart else b * sum(whole)
     largest = _largest(model.shapes.values())
     buckets = (2 if setup.overlap else 1) * setup.reduce_bucket * b
     sending, by_layer, at_end = _sent_of(model, setup)
     late = setup.kind == "zero1" and (setup.accumulation > 1 or not setup.overlap)
     passing = model.numel * b if late else 0  # stage 1 reduces all at the end, or has accumulated all
-    if setup.kind == "zero2" and setup.accumulation > 1 and not apart:
-        passing = gradients  # those of the micro-steps before
-    piece = max((p.stop - p.start for p in held.values()), default=0)
-    if setup.offload:
-        host = (2 * m + b) * sum(partitions) + b * largest
-        # Gradients go to the CPU as they are reduced; a buffer of the largest parameter stays on the device.
-        return Frame(
-            weights=weights,
-            master=0,
-            gradients=0,
-            buckets=buckets + b * largest,
-            buckets_stay=b * largest,
-            head=passing + b * largest,
-            backward=passing + sending,
-            by_layer=by_layer,
-            embedding=passing + at_end,
-            norm=0,  # taken parameter by parameter, as they are reduced
-            copies={},
-            host=host,
-        )
+    again = setup.kind == "zero2" and setup.accumulation > 1 and not apart  # those of the micro-steps before
     copies = {}
     for index, size in enumerate(partitions):
         # fp32 gradients lie flattened; others are flattened. What is not in the master's dtype is then converted.
         during = 0 if apart and m == 4 else m * size
         start = during + (b * size if b != m and not apart else 0)
         copies[index] = (start, during)
-    return Frame(
-        weights=weights,
-        master=m * sum(partitions),
-        gradients=gradients,
-        buckets=buckets,
-        head=passing + b * largest,
-        backward=passing + sending,
-        by_layer=by_layer,
-        embedding=passing + at_end,
-        norm=_NORM * piece,
-        copies=copies,
-    )
+    numels = {name: math.prod(shape) for name, shape in model.shapes.items()}
+
+    def on_rank(held: dict[str, Piece]) -> Frame:
+        # A parameter that a boundary cuts lies whole in the gradients of each rank that has a part of it.
+        gradients = 4 * sum(partitions) if apart else b * sum(numels[name] for name in held)
+        before = gradients if again else passing
+        if setup.offload:
+            # Gradients go to the CPU as they are reduced; a buffer of the largest parameter stays on the device.
+            return Frame(
+                weights=weights,
+                master=0,
+                gradients=0,
+                buckets=buckets + b * largest,
+                buckets_stay=b * largest,
+                head=before + b * largest,
+                backward=before + sending,
+                by_layer=by_layer,
+                embedding=before + at_end,
+                norm=0,  # taken parameter by parameter, as they are reduced
+                copies={},
+                host=(2 * m + b) * sum(partitions) + b * largest,
+            )
+        return Frame(
+            weights=weights,
+            master=m * sum(partitions),
+            gradients=gradients,
+            buckets=buckets,
+            head=before + b * largest,
+            backward=before + sending,
+            by_layer=by_layer,
+            embedding=before + at_end,
+            norm=_NORM * max((p.stop - p.start for p in held.values()), default=0),
+            copies=copies,
+        )
+
+    return [on_rank(held) for held in places.pieces]
 
 
 def _sending(numels: list[int], setup: Setup) -> int:
@@ -147,7 +151,7 @@ def _sent_of(model: Model, setup: Setup) -> tuple[int, dict[int, int], int]:
     return layers, by_layer, rest
 
 
-def _zero3(model: Model, places: Places, setup: Setup, rank: int) -> Frame:
+def _zero3(model: Model, places: Places, setup: Setup) -> Frame:
     b, m = setup.width, setup.master_width
     share = {name: padded_share(shape, setup) for name, shape in model.shapes.items()}
     total = sum(share.values())

@@ -13,7 +13,7 @@ from torch import nn
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.layouts import BF16_MASTER
 from ds_lowrank.planner.activations import Activations, activations
-from ds_lowrank.planner.frameworks import Frame, frame
+from ds_lowrank.planner.frameworks import Frame, frames
 from ds_lowrank.planner.model import Model, read_model
 from ds_lowrank.planner.places import Places, find_places
 from ds_lowrank.planner.setup import Setup, from_deepspeed, from_fsdp, low_rank_config
@@ -159,25 +159,28 @@ def plan_setup(model: Model, config: LowRankConfig, setup: Setup) -> MemoryPlan:
     alive = None
     if model.decoder is not None:
         alive = activations(model.decoder, setup.tokens, setup.width, setup.checkpointing)
-    frames = [frame(model, places, setup, rank) for rank in range(setup.ranks)]
+    held = frames(model, places, setup)
     gram_width = gram_dtype_on(config.gram_dtype, torch.device(setup.device)).itemsize
     found = {}
     for optimizer in OPTIMIZERS:
-        ranks = [_on_rank(optimizer, places, setup, frames[k], alive, k, gram_width) for k in range(setup.ranks)]
-        found[optimizer] = max(ranks, key=lambda m: m.peak)
+        states = states_of(optimizer, places, setup)
+        steps = _steps(optimizer, places, setup, held, states, gram_width)
+        # Many ranks hold the same: the first that needs most stands for them.
+        ranks = {alike: k for k, alike in reversed(list(enumerate(zip(map(id, held), states, steps))))}
+        memories = [_on_rank(optimizer, setup, held[k], alive, k, states[k], steps[k]) for k in sorted(ranks.values())]
+        found[optimizer] = max(memories, key=lambda m: m.peak)
     return MemoryPlan(model.name, model.numel, setup, config, found, _notes(model, setup))
 
 
 def _on_rank(
     optimizer: str,
-    places: Places,
     setup: Setup,
     held: Frame,
     alive: Activations | None,
     rank: int,
-    gram_width: int,
+    states: States,
+    steps: tuple[int, int, int],
 ) -> RankMemory:
-    states = states_of(optimizer, places, setup, rank)
     at_rest = {
         "weights": held.weights,
         "master": held.master,
@@ -207,39 +210,39 @@ def _on_rank(
         "embedding": {**reduced, "activations": a.embedding, "temporaries": held.embedding},
         "norm": {**base, "gradients": held.gradients, "temporaries": held.norm},
     }
-    step, refresh, solver = _step(optimizer, places, setup, held, states, rank, gram_width)
+    step, refresh, solver = steps
     moments["step"] = {**base, "gradients": held.gradients, "temporaries": step}
     moments["refresh"] = {**base, "gradients": held.gradients, "temporaries": refresh}
     filled = {name: {term: terms.get(term, 0) for term in TERMS} for name, terms in moments.items()}
     return RankMemory(optimizer, rank, filled, solver, host)
 
 
-def _step(
-    optimizer: str, places: Places, setup: Setup, held: Frame, states: States, rank: int, gram_width: int
-) -> tuple[int, int, int]:
-    """The most in a call of ``step()``: an ordinary one, one with refreshes, and of that the solver's workspace."""
+def _steps(
+    optimizer: str, places: Places, setup: Setup, held: list[Frame], states: list[States], gram_width: int
+) -> list[tuple[int, int, int]]:
+    """The most in a call of ``step()`` on each rank: an ordinary one, one with refreshes, and of that the solver's
+    workspace."""
     ours = optimizer == OPTIMIZERS[-1]
-    step = refresh = solver = 0
+    found = [(0, 0, 0)] * setup.ranks
     for unit in places.units():
-        start, during = held.copies.get(unit, (0, 0))
-        plans = [p for p in places.plans if p.unit == unit] if ours else []
-        if plans:
-            ahead = temporaries(
-                plans,
-                rank,
+        ahead = [(0, 0, 0)] * setup.ranks if ours else [(s.temporaries, s.temporaries, 0) for s in states]
+        matrices = [h for h in places.holdings if h.plan.unit == unit] if ours else []
+        if matrices:
+            made = temporaries(
+                matrices,
                 state_dtype=setup.state_dtype,
                 basis_dtype=setup.basis_dtype,
                 gram_width=gram_width,
                 offload=setup.offload,
             )
-            inside, due, work = ahead.step, ahead.refresh, ahead.solver
-        else:
-            inside = due = 0 if ours else states.temporaries
-            work = 0
-        step = max(step, start, during + inside)
-        if max(start, during + due) > refresh:
-            refresh, solver = max(start, during + due), work if during + due > start else 0
-    return step, refresh, solver
+            ahead = list(zip(made.step, made.refresh, made.solver))
+        for rank, (inside, due, work) in enumerate(ahead):
+            start, during = held[rank].copies.get(unit, (0, 0))
+            step, refresh, solver = found[rank]
+            if max(start, during + due) > refresh:
+                refresh, solver = max(start, during + due), work if during + due > start else 0
+            found[rank] = (max(step, start, during + inside), refresh, solver)
+    return found
 
 
 def _notes(model: Model, setup: Setup) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -13,6 +14,7 @@ from ds_lowrank.layouts.base import Piece
 from ds_lowrank.layouts.cuts import Shape, chunk_piece, flat_pieces, flat_size, slice_piece, sub_groups
 from ds_lowrank.param_groups import param_groups
 from ds_lowrank.plan import MatrixPlan, plan_matrices
+from ds_lowrank.planner.holdings import Holding, holdings
 from ds_lowrank.planner.model import Model
 from ds_lowrank.planner.setup import Setup
 from ds_lowrank.specs import make_specs
@@ -35,6 +37,11 @@ class Places:
     pieces: list[dict[str, Piece]]
     plans: list[MatrixPlan]
     projected: set[str]
+
+    @cached_property
+    def holdings(self) -> list[Holding]:
+        """The plans' numbers by rank."""
+        return holdings(self.plans)
 
     def units(self) -> dict[int, list[str]]:
         """Number of a call of ``step()`` -> the parameters that step in it."""
@@ -115,9 +122,11 @@ def _pieces(groups: list[dict[str, Shape]], setup: Setup) -> list[dict[str, Piec
         by_group = [flat_pieces(group, ranks) for group in groups]
         return [{n: p for part in by_group for n, p in part[rank].items()} for rank in range(ranks)]
     shapes = {name: shape for group in groups for name, shape in group.items()}
+    # Parameters of one shape are cut alike: their pieces are the same objects, which a plan of many ranks relies on.
+    cut = {shape: [_piece(shape, setup, rank) for rank in range(ranks)] for shape in set(shapes.values())}
     found: list[dict[str, Piece]] = []
     for rank in range(ranks):
-        pieces = {name: _piece(shape, setup, rank) for name, shape in shapes.items()}
+        pieces = {name: cut[shape][rank] for name, shape in shapes.items()}
         found.append({name: piece for name, piece in pieces.items() if piece.start < piece.stop})
     return found
 

@@ -15,6 +15,8 @@ from ds_lowrank.states.formats import BASIS_DTYPES, STATE_DTYPES
 
 KINDS = ("zero1", "zero2", "zero3", "fsdp2", "ddp", "one")
 DTYPES = {"bf16": 2, "fp32": 4}
+# A plan looks at every rank: this many take a few seconds.
+MOST_RANKS = 4096
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Setup:
             value = getattr(self, option)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{option} must be an integer >= 1, got {value!r}")
+        if self.ranks > MOST_RANKS:
+            raise ValueError(f"ranks must be at most {MOST_RANKS}, which is what a plan goes through, got {self.ranks}")
         if self.kind == "one" and self.ranks != 1:
             raise ValueError(f"one process has one rank, got {self.ranks}")
         if self.kind == "zero1" and self.dtype == "bf16" and self.accumulation_dtype == "fp32":

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ds_lowrank.full_rank import moment_dtype
+from ds_lowrank.layouts.base import Piece
+from ds_lowrank.layouts.cuts import Shape
 from ds_lowrank.planner.formats import adamw8bit_bytes, rows_bytes
 from ds_lowrank.planner.places import Places, padded_share, partition_size
 from ds_lowrank.planner.setup import Setup
@@ -30,62 +32,68 @@ class States:
     temporaries: int = 0
 
 
-def held_tensors(places: Places, setup: Setup, rank: int) -> list[int]:
-    """Elements of each tensor that a rank's optimizer is given: flat buffers, shards or whole parameters."""
+def held_tensors(places: Places, setup: Setup) -> list[tuple[int, ...]]:
+    """Elements of each tensor that a rank's optimizer is given, by rank: flat buffers, shards or whole parameters."""
     if setup.kind in ("zero1", "zero2"):
-        return [partition_size(group, setup.ranks) for group in places.groups]
+        return [tuple(partition_size(group, setup.ranks) for group in places.groups)] * setup.ranks
     if setup.kind == "zero3":
         shapes = {name: shape for group in places.groups for name, shape in group.items()}
-        return [sum(padded_share(shapes[n], setup) for n in names) for names in places.units().values()]
-    return [_held(places, setup, rank, name) for group in places.groups for name in group]
+        units = (sum(padded_share(shapes[n], setup) for n in names) for names in places.units().values())
+        return [tuple(units)] * setup.ranks
+    return [tuple(p.stop - p.start for p in pieces.values()) for pieces in places.pieces]
 
 
-def states_of(optimizer: str, places: Places, setup: Setup, rank: int) -> States:
-    """What one of ``OPTIMIZERS`` keeps on ``rank``."""
-    if optimizer == "AdamW":
-        return States(2 * setup.master_width * sum(held_tensors(places, setup, rank)))
-    if optimizer == "8-bit AdamW":
-        return States(sum(map(adamw8bit_bytes, held_tensors(places, setup, rank))))
+def states_of(optimizer: str, places: Places, setup: Setup) -> list[States]:
+    """What one of ``OPTIMIZERS`` keeps on each rank."""
+    if optimizer in ("AdamW", "8-bit AdamW"):
+        held = held_tensors(places, setup)
+        narrow = optimizer == "8-bit AdamW"
+        found = {
+            numels: States(sum(map(adamw8bit_bytes, numels)) if narrow else 2 * setup.master_width * sum(numels))
+            for numels in set(held)
+        }
+        return [found[numels] for numels in held]
     if optimizer == "GaLore unsharded":
-        return _galore(places, setup, rank)
-    moments = bases = 0
-    for plan in places.plans:
-        share = plan.shares[rank]
-        if share is not None:
-            moments += 2 * rows_bytes(share.rows, plan.rank, setup.state_dtype)
-            bases += rows_bytes(plan.kept(rank), plan.rank, setup.basis_dtype)
+        return _galore(places, setup)
+    moments = bases = torch.zeros(setup.ranks, dtype=torch.int64)
+    for h in places.holdings:
+        moments = moments + h.rows * (2 * rows_bytes(1, h.plan.rank, setup.state_dtype))
+        bases = bases + h.computes * h.kept * rows_bytes(1, h.plan.rank, setup.basis_dtype)
     if setup.state_dtype == "int8":
-        return States(moments + _codes(places, rank), bases)
-    weights = torch.bfloat16 if setup.master == "bf16" else torch.float32
-    width = moment_dtype(setup.state_dtype, weights).itemsize
-    return States(moments + _full_rank(places, setup, rank, width), bases)
+        rest = _codes(places)
+    else:
+        weights = torch.bfloat16 if setup.master == "bf16" else torch.float32
+        rest = _full_rank(places, setup, moment_dtype(setup.state_dtype, weights).itemsize)
+    return [States(low + full, basis) for low, full, basis in zip(moments.tolist(), rest, bases.tolist())]
 
 
-def _codes(places: Places, rank: int) -> int:
+def _codes(places: Places) -> list[int]:
     """Moments of what is not projected in codes, without padding, and scales."""
     shapes = {n: s for g in places.groups for n, s in g.items() if n not in places.projected}
-    pieces = ((piece, shapes[n]) for n, piece in places.pieces[rank].items() if n in shapes)
-    every = (runs_of(p.start, p.stop, p.dim, shape) for p, shape in pieces)
-    return sum(2 * (runs.numel + 4 * runs.count * runs.slots) for runs in every)
+    known: dict[tuple[Piece, Shape], int] = {}
+
+    def size(piece: Piece, shape: Shape) -> int:
+        if (piece, shape) not in known:
+            runs = runs_of(piece.start, piece.stop, piece.dim, shape)
+            known[piece, shape] = 2 * (runs.numel + 4 * runs.count * runs.slots)
+        return known[piece, shape]
+
+    return [sum(size(pieces[n], shape) for n, shape in shapes.items() if n in pieces) for pieces in places.pieces]
 
 
-def _full_rank(places: Places, setup: Setup, rank: int, width: int) -> int:
+def _full_rank(places: Places, setup: Setup, width: int) -> list[int]:
     """AdamW's moments, of ``width`` bytes a number, of what is not projected."""
     if setup.kind in ("zero1", "zero2"):
-        rest = [g for g in places.groups if not places.projected.intersection(g)]
-        return sum(2 * width * partition_size(group, setup.ranks) for group in rest)
-    shapes = {n: s for g in places.groups for n, s in g.items() if n not in places.projected}
+        groups = [g for g in places.groups if not places.projected.intersection(g)]
+        return [sum(2 * width * partition_size(group, setup.ranks) for group in groups)] * setup.ranks
+    rest = {n: s for g in places.groups for n, s in g.items() if n not in places.projected}
     if setup.kind == "zero3":
-        return sum(2 * width * padded_share(shape, setup) for shape in shapes.values())
-    return sum(2 * width * _held(places, setup, rank, name) for name in shapes)
+        return [sum(2 * width * padded_share(shape, setup) for shape in rest.values())] * setup.ranks
+    held = ([pieces[n] for n in rest if n in pieces] for pieces in places.pieces)
+    return [2 * width * sum(p.stop - p.start for p in pieces) for pieces in held]
 
 
-def _held(places: Places, setup: Setup, rank: int, name: str) -> int:
-    piece = places.pieces[rank].get(name)
-    return 0 if piece is None else piece.stop - piece.start
-
-
-def _galore(places: Places, setup: Setup, rank: int) -> States:
+def _galore(places: Places, setup: Setup) -> list[States]:
     """galore-torch 1.0 as it runs on FSDP2: moments of tall matrices are sharded, those of wide ones (r × n) and all
     projectors are whole on every rank. An fp32 projector is a view, which keeps all singular vectors of its side alive.
     """
@@ -100,4 +108,4 @@ def _galore(places: Places, setup: Setup, rank: int) -> States:
         bases += min(m, n) * (min(m, n) if width == 4 else plan.rank) * width
         # The gathered gradient and both sides of its decomposition.
         largest = max(largest, 4 * (m * n + m * min(m, n) + min(m, n) * n))
-    return States(moments + _full_rank(places, setup, rank, width), bases, largest)
+    return [States(moments + full, bases, largest) for full in _full_rank(places, setup, width)]

@@ -1,24 +1,29 @@
-"""What the low-rank step holds for a moment on one rank: read off step.py, rows.py, bases.py and refresh.py.
+"""What the low-rank step holds for a moment on each rank: read off step.py, rows.py, bases.py and refresh.py.
 
 A step needs the projection of one matrix and its basis. Where rows move, three batches of them are on their way at
 once: the next one's gradients, this one's updates, and the updates of the one before. A refresh needs the rows of a
 wave, the Grams that this rank owns, and what one decomposition takes.
+
+All is computed for all ranks at once: a tensor here is int64 and has one number a rank, N of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ds_lowrank.plan import MatrixPlan
+import torch
+from torch import Tensor
+
 from ds_lowrank.planner.formats import rows_bytes
+from ds_lowrank.planner.holdings import Holding
 from ds_lowrank.step import batches_of, waves_of
 from ds_lowrank.subspace.project import widened_rows
 
 
 @dataclass(frozen=True)
 class Temporaries:
-    """Bytes on one rank in one call of ``step()``.
+    """Bytes on every rank in one call of ``step()``.
 
     Attributes:
         step: without a refresh.
@@ -27,38 +32,44 @@ class Temporaries:
         solver: of that, the workspace of ``eigh``, which is allocated outside torch on a CPU.
     """
 
-    step: int
-    refresh: int
-    solver: int
+    step: list[int]
+    refresh: list[int]
+    solver: list[int]
 
 
 def temporaries(
-    plans: Sequence[MatrixPlan],
-    rank: int,
-    *,
-    state_dtype: str,
-    basis_dtype: str,
-    gram_width: int,
-    offload: bool = False,
+    held: Sequence[Holding], *, state_dtype: str, basis_dtype: str, gram_width: int, offload: bool = False
 ) -> Temporaries:
-    """What stepping ``plans``, all of one call of ``step()``, holds on ``rank``.
+    """What stepping matrices, all of one call of ``step()``, holds on every rank.
 
     Args:
-        plans: in the model's order.
-        rank: of the ranks.
+        held: the matrices in the model's order; not empty.
         state_dtype, basis_dtype: formats of moments and bases.
         gram_width: bytes of a number of a Gram.
         offload: whether weights, gradients and states lie on the CPU and visit the device one matrix at a time.
     """
-    kept = [p for p in plans if p.shared or p.shares[rank] is not None]
     formats = (state_dtype, basis_dtype, offload)
-    step = 0
-    for shared in (True, False):
-        batches = [_Batch(b, rank, formats) for b in batches_of([p for p in kept if p.shared is shared])]
-        step = max(step, _pipeline(batches))
-    waves = [_wave(wave, rank, formats, gram_width) for wave in waves_of(kept)]
-    refresh, solver = max(waves, default=(0, 0))
-    return Temporaries(step, refresh, solver)
+    by_name = {h.plan.name: h for h in held}
+    matrix = {name: _matrix(h, formats) for name, h in by_name.items()}
+    ranks = len(held[0].plan.copy)
+    nothing = torch.zeros(ranks, dtype=torch.int64)
+    shared = [h.plan for h in held if h.plan.shared]
+    batches = [_Batch([by_name[p.name] for p in batch], matrix) for batch in batches_of(shared)]
+    # Of what one rank holds no row moves: how it is batched makes no difference.
+    step = _most([_pipeline(batches), *(matrix[h.plan.name] for h in held if not h.plan.shared)], nothing)
+    refresh = solver = nothing
+    for wave in waves_of([h.plan for h in held]):
+        highest, work = _wave([by_name[p.name] for p in wave], matrix, gram_width)
+        higher = (highest > refresh) | ((highest == refresh) & (work > solver))
+        refresh, solver = torch.where(higher, highest, refresh), torch.where(higher, work, solver)
+    return Temporaries(step.tolist(), refresh.tolist(), solver.tolist())
+
+
+def _most(numbers: Iterable[Tensor], least: Tensor) -> Tensor:
+    """The largest on each rank, ``least`` where there is none."""
+    for found in numbers:
+        least = torch.maximum(least, found)
+    return least
 
 
 class _Batch:
@@ -71,119 +82,116 @@ class _Batch:
         matrix: what one matrix needs, the one that needs most.
     """
 
-    def __init__(self, plans: Sequence[MatrixPlan], rank: int, formats: tuple[str, str, bool]):
-        self.buffered = self.leaving = 0
-        for p in plans:
-            share, part, width = p.shares[rank], p.parts[rank], p.dtype.itemsize
-            if share is not None and share.buffer is not None:
-                self.buffered += share.buffer.numel * width
-            if p.moves and part is not None:
-                view = share.view.numel if share is not None and share.view is not None else 0
-                self.leaving += (part.numel - view) * width
-        self.handed = _handed(plans, rank)
-        self.matrix = max((_matrix(p, rank, formats) for p in plans), default=0)
+    def __init__(self, held: Sequence[Holding], matrix: dict[str, Tensor]):
+        nothing = torch.zeros_like(held[0].rows)
+        self.buffered = self.leaving = nothing
+        for h in held:
+            width = h.plan.dtype.itemsize
+            self.buffered = self.buffered + h.buffer * width
+            if h.plan.moves:
+                self.leaving = self.leaving + (h.part - h.view) * width
+        self.handed = _handed(held, nothing)
+        self.matrix = _most((matrix[h.plan.name] for h in held), nothing)
 
     @property
-    def moving(self) -> int:
+    def moving(self) -> Tensor:
         """In one exchange: what is sent and what is received."""
         return self.buffered + self.leaving
 
 
-def _handed(plans: Sequence[MatrixPlan], rank: int) -> int:
-    dealt = [p for p in plans if p.dealt]
+def _handed(held: Sequence[Holding], nothing: Tensor) -> Tensor:
+    dealt = [h for h in held if h.plan.dealt]
     if not dealt:
-        return 0
-    ranks = len(dealt[0].copy)
-    sizes = [
-        sum(s.view.numel * p.weight_dtype.itemsize for p in dealt if (s := p.shares[k]) is not None and s.view)
-        for k in range(ranks)
-    ]
-    padded = max(sizes) if sizes[rank] < max(sizes) else 0
-    return sizes[rank] + padded + max(sizes) * ranks
+        return nothing
+    sizes = sum((h.view * h.plan.weight_dtype.itemsize for h in dealt), start=nothing)
+    most = int(sizes.max())
+    return sizes + (sizes < most) * most + most * len(nothing)
 
 
-def _pipeline(batches: Sequence[_Batch]) -> int:
-    """The most that is alive while batches are stepped one after the other."""
-    highest = 0
+def _pipeline(batches: Sequence[_Batch]) -> Tensor:
+    """The most that is alive while batches are stepped one after the other; 0 without any."""
+    highest = torch.zeros((), dtype=torch.int64)
     for i, batch in enumerate(batches):
         coming = batches[i + 1].moving if i + 1 < len(batches) else 0
         left = batches[i - 1].moving + batches[i - 1].handed if i else 0
-        highest = max(
+        highest = _most(
+            (
+                batch.moving + left,  # its rows are on their way
+                2 * batch.buffered + left,  # and are put together
+                batch.buffered + coming + left + batch.matrix,  # a row block goes as its update comes
+                batch.buffered + batch.moving + coming + left + batch.handed,  # updates leave
+            ),
             highest,
-            batch.moving + left,  # its rows are on their way
-            2 * batch.buffered + left,  # and are put together
-            batch.buffered + coming + left + batch.matrix,  # a row block goes as its update comes
-            batch.buffered + batch.moving + coming + left + batch.handed,  # updates leave
         )
     return highest
 
 
-def _matrix(plan: MatrixPlan, rank: int, formats: tuple[str, str, bool]) -> int:
+def _matrix(h: Holding, formats: tuple[str, str, bool]) -> Tensor:
     """The product, the basis, and what narrow formats are widened to, of one matrix."""
-    share = plan.shares[rank]
-    if share is None:
-        return 0
+    plan = h.plan
     state_dtype, basis_dtype, offload = formats
     width = plan.dtype.itemsize
-    product = share.rows * plan.rank * width
-    blocks = 2 if share.view is not None and share.buffer is not None else 1
+    product = h.rows * plan.rank * width
+    blocks = torch.where(h.blocks == 2, 2, 1)
     basis = plan.short * plan.rank * width
     gathered = rows_bytes(plan.short, plan.rank, basis_dtype)
     joining = basis if basis_dtype != "fp32" or offload else 0
     if plan.spread:
         # The basis before is held until this one is joined, and the next is on its way.
         joining = basis + gathered + basis + gathered
-    moments = 0 if state_dtype == "fp32" or offload else 2 * product  # widened where they lie
-    cast = 0
-    if plan.weight_dtype.itemsize < width and share.view is not None:
+    # Narrow moments are widened where they lie.
+    moments = 0 if state_dtype == "fp32" or offload else 2
+    needed = product * (blocks + moments) + joining
+    if plan.weight_dtype.itemsize < width:
         # Gradients are widened for the product, weights for the lift: some rows at a time.
-        cast = min(share.view.numel, widened_rows(plan.short) * plan.short) * width
-    if offload and share.view is not None:
-        cast += 2 * share.view.numel * plan.weight_dtype.itemsize
-    return product * blocks + joining + moments + cast
+        needed = needed + h.view.clamp(max=widened_rows(plan.short) * plan.short) * width
+    if offload:
+        needed = needed + 2 * h.view * plan.weight_dtype.itemsize
+    return needed * h.computes
 
 
-def _wave(plans: Sequence[MatrixPlan], rank: int, formats: tuple[str, str, bool], g: int) -> tuple[int, int]:
+def _wave(held: Sequence[Holding], matrix: dict[str, Tensor], g: int) -> tuple[Tensor, Tensor]:
     """A refresh of matrices side by side and their step; of it the solver's workspace."""
-    batch = _Batch(plans, rank, formats)
-    square = {p.name: p.short**2 * g for p in plans}
-    owned = [p for p in plans if p.shared and p.owner == rank]
-    mine = [p for p in plans if p.shared and rank in p.witnesses]
-    ranks = len(plans[0].copy)
-    all_ranks = [p for p in mine if len(p.witnesses) == ranks]
-    few = [p for p in mine if len(p.witnesses) != ranks]
-    alone = [p for p in plans if not p.shared and p.shares[rank] is not None]
+    batch = _Batch(held, matrix)
+    nothing = torch.zeros_like(batch.buffered)
     # Of Grams that all ranks add up those owned here stay, one is on its way and one is computed.
-    grams = sum(square[p.name] for p in owned if p in all_ranks)
-    passing = 2 * max((square[p.name] for p in all_ranks), default=0)
+    grams, passing = nothing, nothing
     # Where few ranks share a matrix, all parts are made, joined for sending, received, and added up.
-    made = sum(square[p.name] for p in few)
-    received = sum(square[p.name] * len(p.witnesses) for p in owned if p in few)
-    summed = sum(square[p.name] for p in owned if p in few)
-    narrow = max(
-        (min(widened_rows(p.short), p.long) * p.short * g for p in [*mine, *alone] if g != p.dtype.itemsize), default=0
-    )
-    second = max((square[p.name] for p in [*mine, *alone] if _blocks(p, rank) == 2), default=0)
+    made, received, summed = nothing, nothing, nothing
+    narrow, second = nothing, nothing  # a block of rows widened; the Gram of a second block
+    owned, alone = nothing, nothing  # the longest short side of what is decomposed here
+    bases, kept = nothing, nothing
+    for h in held:
+        plan = h.plan
+        square = plan.short**2 * g
+        here = h.witness if plan.shared else h.computes
+        if g != plan.dtype.itemsize:
+            narrow = _most([here * (min(widened_rows(plan.short), plan.long) * plan.short * g)], narrow)
+        second = _most([here * (h.blocks == 2) * square], second)
+        if not plan.shared:
+            alone = _most([here * plan.short], alone)
+            continue
+        if len(plan.witnesses) == len(plan.copy):
+            grams = grams + h.owns * square
+            passing = _most([here * (2 * square)], passing)
+        else:
+            made = made + here * square
+            received = received + h.owns * (square * len(plan.witnesses))
+            summed = summed + h.owns * square
+        owned = _most([h.owns * plan.short], owned)
+        bases = bases + h.owns * (plan.short * plan.rank * plan.dtype.itemsize)
+        kept = kept + h.computes * h.kept * (plan.rank * plan.dtype.itemsize)
     computing = grams + passing + 2 * made + received + narrow + second
-    decomposed = [*owned, *alone]
-    largest = max(decomposed, key=lambda p: p.short, default=None)
-    solver = deciding = 0
-    if largest is not None:
-        s = square[largest.name]
-        solver = 2 * s  # syevd: 1 + 6 n + 2 n²
-        # Eigenvectors, their copy in descending order, a mask of what is finite; the Gram itself is among `grams`.
-        deciding = grams + summed + received + 2 * s + largest.short**2 + solver
-        deciding += s if largest in alone else 0
-    bases = sum(p.short * p.rank * p.dtype.itemsize for p in owned)
-    kept = sum(p.kept(rank) * p.rank * p.dtype.itemsize for p in plans if p.shared and p.shares[rank] is not None)
-    collecting = max(batch.moving, 2 * batch.buffered)
-    stepping = batch.buffered + max(batch.matrix, batch.moving + batch.handed) + batch.buffered
-    refreshing = batch.buffered + max(computing, deciding + bases, 2 * bases + 2 * kept)
-    highest = max(collecting, stepping, refreshing)
-    at_solver = highest == refreshing and deciding + bases >= max(computing, 2 * bases + 2 * kept)
-    return highest, solver if at_solver else 0
-
-
-def _blocks(plan: MatrixPlan, rank: int) -> int:
-    share = plan.shares[rank]
-    return 0 if share is None else (share.view is not None) + (share.buffer is not None)
+    largest = torch.maximum(owned, alone)
+    s = largest**2 * g
+    solver = 2 * s  # syevd: 1 + 6 n + 2 n²
+    # Eigenvectors, their copy in descending order, a mask of what is finite; the Gram itself is among `grams`.
+    deciding = grams + summed + received + 2 * s + largest**2 + solver + (alone > owned) * s
+    deciding = deciding * (largest > 0)
+    collecting = torch.maximum(batch.moving, 2 * batch.buffered)
+    stepping = batch.buffered + torch.maximum(batch.matrix, batch.moving + batch.handed) + batch.buffered
+    others = torch.maximum(computing, 2 * bases + 2 * kept)
+    refreshing = batch.buffered + torch.maximum(deciding + bases, others)
+    highest = torch.maximum(torch.maximum(collecting, stepping), refreshing)
+    at_solver = (highest == refreshing) & (deciding + bases >= others)
+    return highest, solver * at_solver

@@ -12,7 +12,7 @@ from planned import resident_bytes
 
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.planner import Setup, from_deepspeed, plan_setup, read_model
-from ds_lowrank.planner.frameworks import frame
+from ds_lowrank.planner.frameworks import frames
 from ds_lowrank.planner.places import find_places
 from ds_lowrank.planner.states import states_of
 
@@ -49,7 +49,7 @@ def _compare(pools, case: Case) -> None:
         places = find_places(model, LowRankConfig.from_dict(case.options), setup)
         assert places.pieces[rank] == pieces
         assert repr(places.plans) == plans
-        held, states = frame(model, places, setup, rank), states_of("ds_lowrank", places, setup, rank)
+        held, states = frames(model, places, setup)[rank], states_of("ds_lowrank", places, setup)[rank]
         expected = {"weights": held.weights, "master": held.master, "states": states.moments, "bases": states.bases}
         assert found == {f"between steps: {term}": count for term, count in expected.items()}
         assert plan_setup(model, LowRankConfig.from_dict(case.options), setup).ours.resident > held.weights

@@ -5,6 +5,11 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,15 +17,17 @@ from tracker import Tracker
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_lowrank.cli import main
+from ds_lowrank.config import LowRankConfig
 from ds_lowrank.layouts import Piece
 from ds_lowrank.layouts.cuts import chunk_piece, flat_pieces, flat_size, slice_piece, sub_groups
-from ds_lowrank.planner import TERMS, advise, plan_memory, read_model
+from ds_lowrank.planner import TERMS, advise, plan_memory, plan_setup, read_model
 from ds_lowrank.planner.activations import activations, layer_bytes
 from ds_lowrank.planner.formats import adamw8bit_bytes, rows_bytes
 from ds_lowrank.planner.live import live_elements
 from ds_lowrank.planner.model import Decoder
-from ds_lowrank.planner.setup import Setup
+from ds_lowrank.planner.setup import MOST_RANKS, Setup
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = {
     "model_type": "llama",
     "vocab_size": 512,
@@ -217,6 +224,70 @@ def test_formats_are_the_blocks_unless_others_are_asked_for():
     assert plan.ours.peak == planned(2, state_dtype="int8", basis_dtype="bf16").ours.peak
     asked = plan_memory(TINY, 4, deepspeed=narrow, seq=32, state_dtype="fp32", basis_dtype="fp32")
     assert asked.ours.resident == planned(2).ours.resident > plan.ours.resident
+
+
+# What a step, one with refreshes, the solver, states and bases took when a plan went through the ranks one by one.
+ODD = {
+    **TINY,
+    "hidden_size": 60,
+    "intermediate_size": 171,
+    "vocab_size": 509,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 5,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "state_dtype", "expected"),
+    [
+        ("zero1", 7, "fp32", (3, 185760, 242400, 28800, 103600, 7200)),
+        ("zero2", 3, "int8", (1, 415800, 415800, 0, 74360, 10560)),
+        ("zero2", 7, "int8", (3, 185760, 242400, 28800, 31156, 3600)),
+        ("zero3", 3, "fp32", (0, 554400, 460560, 0, 244960, 19200)),
+        ("zero3", 7, "int8", (4, 254560, 217040, 28800, 31922, 4400)),
+        ("fsdp2", 3, "int8", (0, 277200, 183360, 0, 74008, 9600)),
+        ("fsdp2", 7, "int8", (4, 129180, 98640, 28800, 32606, 4400)),
+        ("ddp", 3, "int8", (0, 1108800, 257280, 0, 161336, 9600)),
+        ("ddp", 7, "fp32", (1, 1098000, 253920, 0, 528480, 8800)),
+    ],
+)
+def test_uneven_cuts(kind, ranks, state_dtype, expected):
+    given: dict = {"fsdp_config": {"version": 2}} if kind == "fsdp2" else {}
+    if kind.startswith("zero"):
+        given = {"deepspeed": zero(int(kind[4]))}
+    formats = {"state_dtype": state_dtype, "basis_dtype": "bf16" if state_dtype == "int8" else "fp32"}
+    ours = plan_memory(ODD, ranks, rank=8, seq=32, **formats, **given).ours
+    at = ours.moments
+    found = (at["step"]["temporaries"], at["refresh"]["temporaries"], ours.solver)
+    assert (ours.rank, *found, at["resident"]["states"], at["resident"]["bases"]) == expected
+
+
+@pytest.fixture(scope="module")
+def seven_billion():
+    return read_model(ROOT / "configs" / "llama_7b.json")
+
+
+@pytest.fixture(scope="module")
+def importing_torch():
+    """CPU seconds, to measure others by."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_a_plan_for_1024_ranks_takes_no_longer_than_importing_torch(kind, seven_billion, importing_torch):
+    setup = Setup(kind, 1024, seq=2048)
+    before = time.process_time()
+    plan_setup(seven_billion, LowRankConfig(rank=1024), setup)
+    assert time.process_time() - before < max(importing_torch, 1.0)
+
+
+def test_the_most_ranks():
+    with pytest.raises(ValueError, match=f"ranks must be at most {MOST_RANKS}"):
+        plan_memory(TINY, MOST_RANKS + 1, rank=4)
 
 
 def test_errors():
