@@ -121,6 +121,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         for check in construction_checks:
             check()
         check_adamw(lr, betas, eps, weight_decay)
+        self.notes: list[str] = []  # what a run should be told of its framework, for the report
         self.config = LowRankConfig(
             update_proj_gap=update_proj_gap,
             scale=scale,

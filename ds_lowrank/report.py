@@ -33,6 +33,7 @@ class Report:
         state_bytes: optimizer state of each rank: moments, bases, and AdamW's moments of the rest.
         adamw_bytes: what full-rank AdamW would hold on each rank under the same sharding.
         gap, selection: as configured.
+        notes: what the framework does unasked.
     """
 
     layout: str
@@ -48,6 +49,7 @@ class Report:
     adamw_bytes: list[int]
     gap: int
     selection: str
+    notes: tuple[str, ...] = ()
 
 
 def describe(optimizer: Any) -> Report:
@@ -122,6 +124,7 @@ def make_report(optimizer: LowRankAdamW) -> Report:
         adamw_bytes=[2 * count + theirs for count in held],
         gap=plans[0].gap,
         selection=optimizer.config.selection,
+        notes=tuple(optimizer.notes),
     )
 
 
@@ -155,6 +158,8 @@ def print_report(report: Report, console: Console | None = None, most_names: int
         f"layout: {report.layout} on {report.ranks} rank{'s' * (report.ranks > 1)}; matrices that lie on several "
         f"ranks: {report.shared}, of which rows move in every step: {report.moved}; weights verified"
     )
+    for note in report.notes:
+        console.print(note)
 
 
 def _state_bytes(plan: MatrixPlan, rank: int, formats: Formats) -> int:

@@ -14,7 +14,8 @@ from ds_lowrank.config import LowRankConfig
 from ds_lowrank.integrations.by_hand import built_by_trainer as _built_by_trainer
 from ds_lowrank.integrations.checkpoints import CheckpointCallback
 from ds_lowrank.integrations.ddp import exclude_from_ddp
-from ds_lowrank.integrations.deepspeed import build_optimizer, check_deepspeed_config
+from ds_lowrank.integrations.deepspeed import build_optimizer
+from ds_lowrank.integrations.deepspeed_config import read_deepspeed_config
 from ds_lowrank.integrations.fsdp import check_fsdp_config
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.report import describe, unwrap
@@ -66,8 +67,9 @@ class _Factory:
             )
         args = args or trainer.args
         deepspeed_config, fsdp_config = _deepspeed_config(args), getattr(args, "fsdp_config", None)
+        notes: list[str] = []
         if deepspeed_config is not None:
-            check_deepspeed_config(deepspeed_config)
+            notes = read_deepspeed_config(deepspeed_config).notes
             config = config or LowRankConfig.from_deepspeed(deepspeed_config)
         elif args.fsdp and fsdp_config:
             config = config or LowRankConfig.from_deepspeed(check_fsdp_config(fsdp_config))
@@ -86,6 +88,7 @@ class _Factory:
         with _built_by_trainer():
             ranks = args.world_size if deepspeed_config is not None else None
             optimizer = build_optimizer(model, config, **adamw, ranks=ranks)
+        optimizer.notes = notes
         if config.layerwise and deepspeed_config is None and not wants_fsdp(args) and args.world_size > 1:
             exclude_from_ddp(model, optimizer)
         if wants_fsdp(args):

@@ -10,7 +10,7 @@ import torch
 
 import ds_lowrank
 from ds_lowrank import LowRankConfig, check_deepspeed_config
-from ds_lowrank.integrations import deepspeed as integration
+from ds_lowrank.integrations import deepspeed_config as integration
 
 GOOD = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
 BF16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}

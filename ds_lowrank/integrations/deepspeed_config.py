@@ -1,0 +1,460 @@
+"""A DeepSpeed configuration as DeepSpeed reads it, and what of it is not supported: all reasons at once.
+
+DeepSpeed's own classes parse it: they know the aliases, the defaults and the deprecated keys of their version. What the
+HF Trainer is to fill in, ``"auto"``, counts as absent, as it does for DeepSpeed's classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ds_lowrank.config import BLOCK, LowRankConfig, load_json
+from ds_lowrank.layouts import BF16_MASTER
+
+OLDEST, TOO_NEW = (0, 16), (0, 20)
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+# Between these, DeepSpeed mistakes stage 1 with bf16 and fp32 accumulation for stage 0 (seen in 0.17.6 and 0.18.0).
+_NO_BF16_OPTIMIZER = ((0, 17), (0, 19))
+# Without offload these keep, of a step's micro-batches, the gradients of the last alone (deepspeedai/DeepSpeed#7718).
+_DROP_MICRO_BATCHES = ("0.17.6", "0.18.0", "0.18.1", "0.18.2")
+
+
+@dataclass(frozen=True)
+class DeepSpeedSettings:
+    """What a configuration means to the DeepSpeed that is installed.
+
+    Attributes:
+        content: the file's.
+        zero: its ``DeepSpeedZeroConfig``.
+        dtype: of what the model computes with: ``bf16``, ``fp16``, ``fp32``, or ``auto``: the Trainer says.
+        bf16_master: whether bf16 weights are to have no fp32 master copy.
+        accumulation_dtype: of gradients that are added up; ``None``: the model's.
+        clipping: norm at which gradients are clipped, 0 for not at all; ``None``: the Trainer says.
+        notes: what the run should be told.
+    """
+
+    content: dict[str, Any]
+    zero: Any
+    dtype: str
+    bf16_master: bool
+    accumulation_dtype: torch.dtype | None
+    clipping: float | None
+    notes: list[str]
+
+
+def check_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse what is not supported before anything is started, and warn of a clip that nobody asked for.
+
+    Args:
+        config: path of a DeepSpeed JSON file, or its content. ``"auto"`` values of the HF Trainer pass.
+
+    Returns:
+        The content.
+
+    Raises:
+        ValueError: every setting that cannot be used and what to change, one a line; also for what DeepSpeed itself
+            would refuse, for an unknown option in the ``"lowrank"`` block and for a DeepSpeed outside the supported
+            range.
+        FileNotFoundError: no such file.
+    """
+    settings = read_deepspeed_config(config)
+    for note in settings.notes:
+        warnings.warn(note, stacklevel=2)
+    return settings.content
+
+
+def read_deepspeed_config(config: str | Path | Mapping[str, Any], here: bool = True) -> DeepSpeedSettings:
+    """A configuration as DeepSpeed reads it.
+
+    Args:
+        config: see :func:`check_deepspeed_config`.
+        here: whether the run is to start on this machine: what only a GPU can do is refused where there is none.
+
+    Raises:
+        ValueError, FileNotFoundError: see :func:`check_deepspeed_config`.
+    """
+    if isinstance(config, (str, Path)) and Path(config).suffix in (".yaml", ".yml"):
+        raise ValueError(
+            f"{str(config)!r} is accelerate's configuration: give it to `accelerate launch --config_file`, and here "
+            "the file that its deepspeed_config_file names"
+        )
+    content = load_json(config)
+    with _silent():
+        reader = _Reader(content, importlib.metadata.version("deepspeed").split("+")[0], here)
+        faults = list(dict.fromkeys(reader.faults()))
+        if faults:
+            raise ValueError("\n".join(faults))
+        return reader.settings()
+
+
+def bf16_master(content: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed configuration asks for bf16 weights without an fp32 master copy."""
+    return bool(_bf16_block(content).get("bf16_master_weights_and_grads"))
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """DeepSpeed logs to stdout what it thinks of a configuration; it will again when the run starts."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+class _Reader:
+    """One configuration. Blocks that cannot be read count as empty once they are reported."""
+
+    def __init__(self, content: dict[str, Any], installed: str, here: bool):
+        self.content, self.installed, self.here = content, installed, here
+        self.release = tuple(int(part) for part in installed.split(".")[:2])
+        block = content.get("zero_optimization", {})
+        self.raw_zero = block if isinstance(block, Mapping) else {}
+        self.zero, self.zero_faults = _read_zero(self.raw_zero, installed)
+        self.bf16 = _read_bf16(content)
+        fp16 = self._block("fp16").get("enabled")
+        self.fp16 = _is_on(fp16)
+        self.automatic = "auto" in (fp16, _mapping(content.get("bf16")).get("enabled"))
+
+    def settings(self) -> DeepSpeedSettings:
+        from deepspeed.runtime.config import get_gradient_clipping
+
+        given = self.content.get("gradient_clipping")
+        clipping = None if given == "auto" else float(get_gradient_clipping(without_auto(self.content)))
+        notes = []
+        if given is None and clipping:
+            notes.append(
+                f"gradients are clipped at a norm of {clipping}: the configuration has no gradient_clipping, and that "
+                f'is the default of DeepSpeed {self.installed}. Set "gradient_clipping" to what is meant, 0 for none'
+            )
+        plain = "auto" if self.automatic else "fp32"
+        return DeepSpeedSettings(
+            content=self.content,
+            zero=self.zero,
+            dtype="bf16" if self.bf16.enabled else "fp16" if self.fp16 else plain,
+            bf16_master=bool(self.bf16.bf16_master_weights_and_grads),
+            accumulation_dtype=self._accumulation_dtype(),
+            clipping=clipping,
+            notes=notes,
+        )
+
+    def faults(self) -> Iterator[str]:
+        if not OLDEST <= self.release < TOO_NEW:
+            yield (
+                f"DeepSpeed {self.installed} is outside the supported range: install deepspeed>={_dotted(OLDEST)},"
+                f"<{_dotted(TOO_NEW)}"
+            )
+        if self.content.get("optimizer") is not None:
+            yield (
+                'the DeepSpeed configuration has an "optimizer" block beside the low-rank optimizer: remove the block; '
+                'lr, betas, eps and weight_decay go into the "lowrank" block or the Trainer\'s arguments'
+            )
+        yield from self._stage()
+        yield from self._offload()
+        yield from self._zero()
+        yield from self._parallelism()
+        yield from self._precision()
+        yield from self._bf16_master()
+        yield from self._lowrank()
+        yield from self._deepspeeds_own()
+
+    def _block(self, key: str) -> Mapping[str, Any]:
+        return _mapping(self.content.get(key))
+
+    def _accumulation_dtype(self) -> torch.dtype | None:
+        from deepspeed.runtime.config import DtypeEnum
+
+        value = self._block("data_types").get("grad_accum_dtype")
+        if value in (None, "auto"):
+            return None
+        try:
+            return DtypeEnum(value).value
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def _stage(self) -> Iterator[str]:
+        if not isinstance(self.content.get("zero_optimization", {}), Mapping):
+            yield '"zero_optimization" must be a block with a "stage"'
+            return
+        if "stage" not in self.raw_zero:
+            yield 'the DeepSpeed configuration sets no zero_optimization.stage: add {"stage": 2}, or 1 or 3'
+            return
+        stage = self.raw_zero["stage"]
+        if stage not in (1, 2, 3):
+            yield f"zero_optimization.stage = {stage!r} is not supported: set it to 1, 2 or 3"
+        if self.raw_zero.get("mics_shard_size", -1) not in (-1, 0):
+            yield "zero_optimization.mics_shard_size is not supported: leave it out, or use FSDP2 on a 2-D mesh"
+        first, last = _NO_BF16_OPTIMIZER
+        wide = self._accumulation_dtype() == torch.float32
+        if stage == 1 and self.bf16.enabled and wide and first <= self.release < last:
+            yield (
+                f"DeepSpeed {_dotted(self.release)} does not shard stage 1 with bf16 and data_types.grad_accum_dtype = "
+                "fp32: use stage 2, or another DeepSpeed"
+            )
+
+    def _offload(self) -> Iterator[str]:
+        parameters, device = self.zero.offload_param, offload_device(self.zero)
+        if _mapping(self.raw_zero.get("offload_optimizer")).get("ratio", 1.0) != 1.0:
+            yield (
+                "offload_optimizer.ratio < 1 is not supported: DeepSpeed steps the rest with an AdamW of its own. "
+                "Remove it"
+            )
+        if parameters is not None and str(parameters.device) == "nvme":
+            yield 'zero_optimization.offload_param.device = "nvme" is not supported: use "cpu"'
+        if device == "nvme":
+            yield 'zero_optimization.offload_optimizer.device = "nvme" is not supported: use "cpu"'
+        if device != "none" and self.content.get("zero_force_ds_cpu_optimizer", True) is not False:
+            yield (
+                "offload_optimizer with another optimizer than DeepSpeed's own needs "
+                '"zero_force_ds_cpu_optimizer": false at the top level of the configuration'
+            )
+
+    def _zero(self) -> Iterator[str]:
+        zero = self.zero
+        if zero.stage == 2 and self.installed in _DROP_MICRO_BATCHES and offload_device(zero) == "none":
+            yield (
+                f"DeepSpeed {self.installed} drops, in stage 2, the gradients of all micro-batches of a step but the "
+                "last (its issue 7718): install deepspeed<0.17.6 or >=0.18.3, or use stage 1 or 3"
+            )
+        for key, what in (
+            ("round_robin_gradients", "links fragments in another order than it stores them"),
+            ("elastic_checkpoint", "cannot save the state of a foreign optimizer"),
+        ):
+            if getattr(zero, key, False):
+                yield f"zero_optimization.{key} = true is not supported: it {what}. Set it to false"
+        if self.raw_zero.get("zenflow") is not None:
+            yield "zero_optimization.zenflow is not supported: it needs its own optimizer. Remove the block"
+        if self.here and not torch.cuda.is_available():
+            for key in ("zero_quantized_gradients", "zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+                if getattr(zero, key, False) and (zero.stage == 3 or key == "zero_quantized_gradients"):
+                    yield f"zero_optimization.{key} = true needs a GPU, which there is not here. Remove it"
+        yield from self.zero_faults
+
+    def _parallelism(self) -> Iterator[str]:
+        for name, degree in (
+            ("tensor_parallel", "autotp_size"),
+            ("expert_parallel", "autoep_size"),
+            ("pipeline", "stages"),
+        ):
+            size = self._block(name).get(degree, 1)
+            if isinstance(size, int) and size > 1:
+                yield f"{name}.{degree} = {size} is not supported: it cuts matrices before ZeRO does. Remove the block"
+        size = self.content.get("sequence_parallel_size", 1)
+        if size not in (1, "auto"):
+            yield (
+                f"sequence_parallel_size = {size!r} is not supported: ranks that share a sequence are no data-parallel "
+                "ranks, and gradients are averaged over both. Remove it"
+            )
+        if self._block("compile").get("deepcompile"):
+            yield "compile.deepcompile = true is not supported: it replaces ZeRO's gradient handling"
+        if self._block("checkpoint").get("load_universal"):
+            yield (
+                "checkpoint.load_universal = true is not supported, and not needed: ds_lowrank.load_checkpoint (in the "
+                "HF Trainer ds_lowrank.ResumeAnywhere) goes on with a checkpoint of any stage on any number of ranks"
+            )
+
+    def _precision(self) -> Iterator[str]:
+        autocast = self._block("torch_autocast")
+        if autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16", "half", "torch.float16"):
+            yield (
+                "torch_autocast with float16 is not supported: its scaler may skip a step on one rank only. Use "
+                "bfloat16"
+            )
+        if self.fp16 and self.bf16.enabled:
+            yield "fp16 and bf16 are both enabled: enable one of them"
+        if self.fp16 and self.here and not torch.cuda.is_available():
+            yield "fp16 needs a GPU: DeepSpeed refuses it on a CPU. Use bf16 or fp32"
+        if self._block("fp16").get("fp16_master_weights_and_grads"):
+            yield (
+                "fp16.fp16_master_weights_and_grads = true is not supported: DeepSpeed takes no optimizer but its own "
+                "DeepSpeedCPUAdam there. Remove it"
+            )
+        value = self._block("data_types").get("grad_accum_dtype")
+        if value not in (None, "auto") and self._accumulation_dtype() is None:
+            yield f"data_types.grad_accum_dtype = {value!r} is unknown to DeepSpeed: use fp32, bf16 or fp16"
+
+    def _bf16_master(self) -> Iterator[str]:
+        block = _bf16_block(self.content)
+        if not bf16_master(self.content):
+            rounding = self._block(BLOCK).get("stochastic_rounding") is True
+            if rounding:
+                yield (
+                    "lowrank.stochastic_rounding = true is for bf16 weights without an fp32 master copy, which "
+                    f"DeepSpeed keeps unless told otherwise: set {BF16_MASTER}, or remove it"
+                )
+            return
+        option = "bf16.bf16_master_weights_and_grads = true"
+        if not self.bf16.enabled and block.get("enabled") != "auto":
+            yield f"{option} rounds what the model computes with: set bf16.enabled to true as well"
+        if not block.get("bf16_optimizer_states"):
+            yield (
+                f"{option} without bf16.bf16_optimizer_states = true is for DeepSpeed's own CPU optimizer: set both. "
+                "How moments are kept remains lowrank.state_dtype's affair"
+            )
+        if offload_device(self.zero) != "none":
+            yield (
+                f"{option} with offload_optimizer is not supported: DeepSpeed takes no optimizer but its own "
+                "DeepSpeedCPUAdam there. Remove one of the two"
+            )
+        if self.zero.stage == 1 and self._accumulation_dtype() == torch.float32:
+            yield (
+                f"{option} has no effect in stage 1 with data_types.grad_accum_dtype = fp32, whose BF16_Optimizer "
+                "keeps an fp32 master copy: use stage 2"
+            )
+        try:
+            from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+
+            known = DeepSpeedBF16Config.model_fields
+        except ImportError:  # its configuration was no class then, and passed over what it did not know
+            known = {}
+        if "bf16_optimizer_states" not in known:
+            yield (
+                f"DeepSpeed {self.installed} cannot do without an fp32 master copy: it knows no "
+                "bf16.bf16_optimizer_states. Install a newer one (0.19.8 does), or remove both"
+            )
+
+    def _lowrank(self) -> Iterator[str]:
+        try:
+            layerwise = LowRankConfig.from_deepspeed(self.content).layerwise
+        except ValueError as error:
+            yield str(error)
+            return
+        if layerwise:
+            yield (
+                "lowrank.layerwise = true is not supported under DeepSpeed: its engine collects the gradients of a "
+                "backward pass and steps when it is over. Remove it, or use FSDP2"
+            )
+
+    def _deepspeeds_own(self) -> Iterator[str]:
+        """What DeepSpeed would refuse when the run starts: key by key, so that all of it is found."""
+        for key in BATCH_KEYS:
+            size = self.content.get(key, "auto")
+            if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                yield f"{key} must be an integer >= 1, got {size!r}"
+        stage = self.zero.stage if self.zero.stage in (1, 2, 3) else 2
+        base = {BATCH_KEYS[1]: 1, "zero_optimization": {"stage": stage}}
+        passed_over = ("zero_optimization", "optimizer", BLOCK, "sequence_parallel_size", *BATCH_KEYS)
+        rest = {k: v for k, v in without_auto(self.content).items() if k not in passed_over}
+        found = [fault for key, value in rest.items() for fault in _refused(base, {key: value}, self.installed)]
+        yield from found
+        if not found:
+            yield from _refused(base, rest, self.installed)
+
+
+def offload_device(zero: Any) -> str:
+    """Where DeepSpeed keeps the optimizer by its ``DeepSpeedZeroConfig``: ``none`` (the GPU), ``cpu`` or ``nvme``."""
+    return "none" if zero.offload_optimizer is None else str(zero.offload_optimizer.device)
+
+
+def without_auto(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what the HF Trainer is to fill in, which DeepSpeed's classes leave out too."""
+    return {
+        key: without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in content.items()
+        if not (isinstance(value, str) and value == "auto")
+    }
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _bf16_block(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """DeepSpeed's older name of the block counts where the other is absent."""
+    block = content.get("bf16")
+    return _mapping(content.get("bfloat16") if block is None else block)
+
+
+def _is_on(value: Any) -> bool:
+    """A truth value as pydantic, which reads DeepSpeed's blocks, takes it."""
+    return value.lower() in ("true", "yes", "on", "1", "t", "y") if isinstance(value, str) else value in (True, 1)
+
+
+def _read_bf16(content: Mapping[str, Any]) -> Any:
+    block = {k: v for k, v in _bf16_block(content).items() if v != "auto"}
+    try:
+        from deepspeed.runtime.precision_config import get_bfloat16_config
+
+        return get_bfloat16_config({"bf16": block})
+    except (ImportError, ValueError):  # before 0.17 it was no class; what is wrong in the block is found by key
+        master = bool(block.get("bf16_master_weights_and_grads"))
+        return SimpleNamespace(enabled=_is_on(block.get("enabled")), bf16_master_weights_and_grads=master)
+
+
+def _read_zero(block: Mapping[str, Any], installed: str) -> tuple[Any, list[str]]:
+    """``DeepSpeedZeroConfig`` of a block, without the keys that it refuses, and why it refuses them."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    # These have a refusal of their own.
+    left = {k: v for k, v in block.items() if k != "zenflow" and not (k == "mics_shard_size" and v not in (-1, 0))}
+    if left.get("stage") not in (1, 2, 3):
+        left.pop("stage", None)
+    if isinstance(left.get("offload_optimizer"), Mapping):
+        left["offload_optimizer"] = {k: v for k, v in left["offload_optimizer"].items() if k != "ratio"}
+    faults: list[str] = []
+    while True:
+        try:
+            zero = DeepSpeedZeroConfig(**left)
+        except (ValueError, AssertionError, TypeError) as error:
+            known = DeepSpeedZeroConfig.model_fields
+            faults += _reasons(error, "zero_optimization", left, installed, known)
+            bad = {str(e["loc"][0]) for e in getattr(error, "errors", list)() if e["loc"]}
+            if not bad.intersection(left):  # keys that cannot be used together
+                return DeepSpeedZeroConfig(**{k: v for k, v in left.items() if k == "stage"}), faults
+            left = {k: v for k, v in left.items() if k not in bad}
+            continue
+        if zero.stage in (1, 2) and zero.allgather_bucket_size % 2:
+            faults.append(f"zero_optimization.allgather_bucket_size must be even, got {zero.allgather_bucket_size}")
+        return zero, faults
+
+
+def _refused(base: Mapping[str, Any], more: Mapping[str, Any], installed: str) -> list[str]:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig({**base, **more})
+    except Exception as error:  # whatever stops it stops the run
+        key, value = next(iter(more.items()))
+        return _reasons(error, key if len(more) == 1 else "", value, installed, {})
+    return []
+
+
+def _reasons(error: Exception, key: str, value: Any, installed: str, known: Mapping[str, Any]) -> list[str]:
+    """An exception of DeepSpeed's classes, a line for each thing that is wrong."""
+    if not hasattr(error, "errors"):
+        if key and not isinstance(value, Mapping) and isinstance(error, (TypeError, AttributeError)):
+            return [f"{key} must be a block of options, got {value!r}"]
+        where = f"{key}: " if key else ""
+        return [f"{where}DeepSpeed {installed} refuses it: {error or type(error).__name__}"]
+    found = []
+    for one in error.errors():
+        path = ".".join(str(part) for part in (key, *one["loc"]) if part != "")
+        if one["type"] != "extra_forbidden":
+            got = f", got {one['input']!r}" if one["loc"] else ""
+            found.append(f"{path}: {one['msg']}{got}")
+            continue
+        name = str(one["loc"][-1])
+        if name in known:
+            found.append(f"{path} is given twice, also as {known[name].alias}: remove one of them")
+            continue
+        near = difflib.get_close_matches(name, [*known, *(f.alias for f in known.values() if f.alias)], n=1)
+        found.append(
+            f"{path} is unknown to DeepSpeed {installed}: " + (f"did you mean {near[0]!r}?" if near else "remove it")
+        )
+    return found
+
+
+def _dotted(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))
