@@ -39,10 +39,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--margin", type=float, default=1.0, help="GiB to leave to CUDA, NCCL and fragmentation: a guess (default: 1)"
     )
-    parser.add_argument("--deepspeed", help="DeepSpeed JSON; without it and --fsdp_config: DDP")
-    parser.add_argument("--fsdp_config", help="the Trainer's FSDP2 JSON")
+    parser.add_argument("--deepspeed", help="DeepSpeed JSON, or accelerate's YAML; without it and --fsdp_config: DDP")
+    parser.add_argument("--fsdp_config", help="the Trainer's FSDP2 JSON, or accelerate's YAML")
     parser.add_argument("--seq", type=int, default=1024, help="tokens of a sequence")
-    parser.add_argument("--micro_batch", type=int, default=1, help="sequences of a micro-step")
+    parser.add_argument("--micro_batch", type=int, help="sequences of one; default: the DeepSpeed JSON's, or 1")
     parser.add_argument("--accumulation", type=int, help="micro-steps a step; default: the DeepSpeed JSON's, or 1")
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: the DeepSpeed JSON's, or bf16")
@@ -69,8 +69,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from ds_lowrank.planner import advise, plan_memory, print_plan, read_model
+    from ds_lowrank.planner import advise, check_gpu_memory, plan_memory, print_plan, read_model
 
+    check_gpu_memory(args.gpu_memory, args.margin)
     plan = plan_memory(
         args.model_config,
         args.gpus,

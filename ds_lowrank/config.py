@@ -187,7 +187,7 @@ def load_json(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise FileNotFoundError(f"configuration {str(path)!r} does not exist")
     try:
         content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # bytes that are no text are one too
         raise ValueError(f"configuration {str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"configuration {str(path)!r} must hold a JSON object")

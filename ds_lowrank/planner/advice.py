@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ds_lowrank.config import LowRankConfig
-from ds_lowrank.planner.memory import MemoryPlan, plan_setup
+from ds_lowrank.planner.memory import MemoryPlan, check_gpu_memory, plan_setup
 from ds_lowrank.planner.model import Model
 from ds_lowrank.planner.setup import Setup
 
@@ -37,7 +37,11 @@ def advise(model: Model, config: LowRankConfig, setup: Setup, gpu_memory: float,
 
     Returns:
         Empty where the run fits as it is, or where nothing known here makes it fit.
+
+    Raises:
+        ValueError: see :func:`ds_lowrank.planner.memory.check_gpu_memory`.
     """
+    check_gpu_memory(gpu_memory, margin)
     if plan_setup(model, config, setup).fits(gpu_memory, margin=margin):
         return []
     alone = []

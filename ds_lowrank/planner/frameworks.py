@@ -231,9 +231,9 @@ def _fsdp2(model: Model, setup: Setup) -> Frame:
 
 
 def _replicated(model: Model, setup: Setup) -> Frame:
-    """DDP and one process: fp32 weights, autocast to bf16 unless they are bf16 themselves."""
+    """DDP and one process: fp32 weights, autocast to 16 bits unless they are bf16 themselves."""
     m = setup.master_width
-    cast = 2 * model.numel if setup.dtype == "bf16" and m == 4 else 0  # autocast keeps them for the pass
+    cast = 2 * model.numel if setup.dtype != "fp32" and m == 4 else 0  # autocast keeps them for the pass
     largest = _largest(model.shapes.values())
     return Frame(
         weights=m * model.numel + model.buffer_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,21 @@ class MemoryPlan:
         }
 
 
+def check_gpu_memory(gpu_memory: float, margin: float = 0.0) -> None:
+    """Refuse what is no memory of a GPU.
+
+    Args:
+        gpu_memory, margin: GiB of a GPU, and what is to stay free of it.
+
+    Raises:
+        ValueError: see above.
+    """
+    if not (math.isfinite(gpu_memory) and gpu_memory > 0):
+        raise ValueError(f"gpu_memory must be a number of GiB above 0, got {gpu_memory}")
+    if not (math.isfinite(margin) and margin >= 0):
+        raise ValueError(f"margin must be a number of GiB >= 0, got {margin}")
+
+
 def plan_memory(
     model: str | Path | Mapping[str, Any] | nn.Module,
     gpus: int,
@@ -125,7 +141,8 @@ def plan_memory(
     Args:
         model: Hugging Face configuration of a causal language model (path or content), or a model.
         gpus: data-parallel ranks.
-        deepspeed, fsdp_config: the framework's configuration, path or content; neither: DDP (one process on one GPU).
+        deepspeed, fsdp_config: the framework's configuration, path or content, or accelerate's YAML file; neither: DDP
+            (one process on one GPU).
         rank: r; ``None``: the configuration's.
         lowrank: options that win over the configuration's ``"lowrank"`` block, from which formats are taken too.
         given: attributes of :class:`Setup`: ``seq``, ``micro_batch``, ``accumulation``, ``checkpointing``, ``dtype``,
@@ -247,6 +264,8 @@ def _steps(
 
 def _notes(model: Model, setup: Setup) -> list[str]:
     notes = ["not in the figures: the CUDA context, NCCL's buffers, the allocator's fragmentation"]
+    if setup.passed_over:
+        notes.append(f"set in the configuration, and not in the figures: {', '.join(setup.passed_over)}")
     if model.decoder is None:
         notes.append("activations are not planned: the model's configuration is not that of a LLaMA-like decoder")
     if setup.master == "bf16" and setup.kind.startswith("zero"):

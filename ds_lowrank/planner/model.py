@@ -70,7 +70,8 @@ def read_model(source: str | Path | Mapping[str, Any] | nn.Module) -> Model:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: transformers does not know the model, or cannot build it as a causal language model.
+        ValueError: transformers does not know the model, or cannot build it as a causal language model, or a parameter
+            of it has no elements.
     """
     if isinstance(source, nn.Module):
         return describe(source, type(source).__name__)
@@ -82,13 +83,19 @@ def read_model(source: str | Path | Mapping[str, Any] | nn.Module) -> Model:
     if kind is None:
         raise ValueError(f"the model configuration {name!r} has no model_type: give it a Hugging Face config.json")
     try:
-        config = AutoConfig.for_model(kind, **content)
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            config = AutoConfig.for_model(kind, **content)
             module = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"transformers cannot build the model {name!r} ({kind}): {error}") from error
-    return describe(module, name)
+        model = describe(module, name)
+    except Exception as error:  # numbers that make no model stop its code anywhere
+        said = str(error).strip() or type(error).__name__
+        raise ValueError(f"transformers cannot build the model {name!r} ({kind}): {said}") from error
+    empty = [f"{parameter} {shape}" for parameter, shape in model.shapes.items() if not math.prod(shape)]
+    if empty or not model.shapes:
+        what = f"{empty[0]} has no elements" if empty else "it has no parameters"
+        raise ValueError(f"the model {name!r} ({kind}) cannot be planned: {what}")
+    return model
 
 
 def describe(module: nn.Module, name: str) -> Model:

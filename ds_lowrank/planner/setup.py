@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ds_lowrank.config import LowRankConfig
-from ds_lowrank.integrations.deepspeed import bf16_master, check_deepspeed_config
-from ds_lowrank.integrations.fsdp import check_fsdp_config
+from ds_lowrank.integrations.deepspeed_config import BATCH_KEYS, offload_device, read_deepspeed_config
+from ds_lowrank.integrations.fsdp import read_fsdp_config
+from ds_lowrank.planner import passed_over
+from ds_lowrank.planner.accelerate_files import deepspeed_file, fsdp_block, is_accelerates
 from ds_lowrank.states.formats import BASIS_DTYPES, STATE_DTYPES
 
 KINDS = ("zero1", "zero2", "zero3", "fsdp2", "ddp", "one")
-DTYPES = {"bf16": 2, "fp32": 4}
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+MASTERS = ("fp32", "bf16")
 # A plan looks at every rank: this many take a few seconds.
 MOST_RANKS = 4096
 
@@ -29,7 +34,7 @@ class Setup:
         seq, micro_batch: tokens of a sequence, sequences of a micro-step.
         accumulation: micro-steps a step.
         checkpointing: whether layers keep their input alone and are computed again in the backward pass.
-        dtype: ``bf16`` or ``fp32``: of what the model computes with.
+        dtype: ``bf16``, ``fp16`` or ``fp32``: of what the model computes with.
         master: ``fp32``, or ``bf16``: no fp32 copy of the weights. Under DeepSpeed without offload, which takes no
             optimizer but its own there.
         state_dtype, basis_dtype: formats of low-rank moments and of bases.
@@ -41,6 +46,7 @@ class Setup:
         units: FSDP2's units: ``accelerate`` (layers, the embedding, norm and head together) or ``layers`` (the rest
             in one).
         device: ``cuda`` or ``cpu``: what ``gram_dtype`` ``auto`` means.
+        passed_over: keys of the framework's file that change memory and are not planned.
     """
 
     kind: str
@@ -66,12 +72,13 @@ class Setup:
     reshard: bool = True
     units: str = "accelerate"
     device: str = "cuda"
+    passed_over: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for option, allowed in (
             ("kind", KINDS),
             ("dtype", tuple(DTYPES)),
-            ("master", tuple(DTYPES)),
+            ("master", MASTERS),
             ("state_dtype", STATE_DTYPES),
             ("basis_dtype", BASIS_DTYPES),
         ):
@@ -113,75 +120,104 @@ class Setup:
 def from_deepspeed(
     config: str | Path | Mapping[str, Any], ranks: int, hidden: int, **given: Any
 ) -> tuple[Setup, dict[str, Any]]:
-    """A setup from a DeepSpeed file, and the options of its ``"lowrank"`` block.
+    """A setup from a DeepSpeed file, as DeepSpeed reads it, and the options of its ``"lowrank"`` block.
 
     Args:
-        config: path or content; ``"auto"`` as the HF Trainer fills it in.
+        config: path or content; ``"auto"`` as the HF Trainer fills it in. Or the path of accelerate's YAML file, which
+            names one.
         ranks: data-parallel ranks.
         hidden: the model's hidden size, which the Trainer's ``"auto"`` sizes depend on.
         given: attributes of :class:`Setup` that the file does not decide; ``master`` where it leaves DeepSpeed its fp32
-            copy.
+            copy; ``micro_batch`` and ``accumulation`` win over the file's.
 
     Raises:
-        ValueError: ``master`` contradicts the file; see also
-            :func:`ds_lowrank.integrations.deepspeed.check_deepspeed_config`.
+        ValueError: ``master`` contradicts the file, or the batch sizes each other; see also
+            :func:`ds_lowrank.check_deepspeed_config`. What only a GPU can do is planned without one.
         FileNotFoundError: no such file.
     """
-    content = check_deepspeed_config(config)
-    zero = content["zero_optimization"]
-    enabled = (content.get("bf16") or {}).get("enabled", False)
-    dtype = given.pop("dtype", None) or "bf16"
-    if enabled != "auto":
-        dtype = "bf16" if enabled else "fp32"
-    accumulation_dtype = _dtype((content.get("data_types") or {}).get("grad_accum_dtype"), dtype)
+    asked = None
+    if is_accelerates(config):
+        config, asked = deepspeed_file(config)  # type: ignore[arg-type]
+    settings = read_deepspeed_config(config, here=False)
+    zero, block = settings.zero, settings.content["zero_optimization"]
+    dtype = given.pop("dtype", None) or asked or "bf16"
+    if settings.dtype != "auto":
+        dtype = settings.dtype
+    # What the Trainer fills in where a size is "auto", by both names of the key.
     automatic = {
         "reduce_bucket_size": hidden * hidden,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
-        "stage3_param_persistence_threshold": 10 * hidden,
+        "prefetch_bucket_size": int(0.9 * hidden * hidden),
+        "param_persistence_threshold": 10 * hidden,
     }
 
-    def size(key: str, default: int) -> int:
-        value = zero.get(key, default)
-        return automatic.get(key, default) if value == "auto" else int(value)
+    def size(key: str) -> int:
+        return automatic[key] if "auto" in (block.get(key), block.get(f"stage3_{key}")) else int(getattr(zero, key))
 
-    stage = zero["stage"]
-    offload = zero.get("offload_optimizer") or {}
-    master = given.pop("master", None) or ("bf16" if bf16_master(content) else "fp32")
-    if bf16_master(content) and master != "bf16":
+    master = given.pop("master", None) or ("bf16" if settings.bf16_master else "fp32")
+    if settings.bf16_master and master != "bf16":
         raise ValueError(f"master {master} contradicts bf16.bf16_master_weights_and_grads = true in the DeepSpeed file")
-    steps = content.get("gradient_accumulation_steps", "auto")
-    accumulation = given.pop("accumulation", None)
+    batch = _batch(settings.content, ranks, given.pop("micro_batch", None), given.pop("accumulation", None))
     setup = Setup(
-        kind=f"zero{stage}",
+        kind=f"zero{zero.stage}",
         ranks=ranks,
         dtype=dtype,
         master=master,
-        accumulation=accumulation or (1 if steps == "auto" else int(steps)),
-        accumulation_dtype=accumulation_dtype,
-        communication_dtype=_dtype(content.get("communication_data_type"), dtype),
-        offload=offload.get("device", "none") != "none",
-        reduce_bucket=size("reduce_bucket_size", 500_000_000),
-        prefetch_bucket=size("stage3_prefetch_bucket_size", 50_000_000),
-        max_live=size("stage3_max_live_parameters", 1_000_000_000),
-        max_reuse=size("stage3_max_reuse_distance", 1_000_000_000),
-        persistence=size("stage3_param_persistence_threshold", 100_000),
-        sub_group=size("sub_group_size", 1_000_000_000),
-        overlap=bool(zero.get("overlap_comm", stage == 3)),
+        accumulation_dtype=_NAMES[settings.accumulation_dtype] if settings.accumulation_dtype else dtype,
+        communication_dtype=_dtype(settings.content.get("communication_data_type"), dtype),
+        offload=offload_device(zero) != "none",
+        reduce_bucket=size("reduce_bucket_size"),
+        prefetch_bucket=size("prefetch_bucket_size"),
+        max_live=int(zero.max_live_parameters),
+        max_reuse=int(zero.max_reuse_distance),
+        persistence=size("param_persistence_threshold"),
+        sub_group=int(zero.sub_group_size),
+        overlap=bool(zero.overlap_comm),
+        passed_over=passed_over.of_deepspeed(settings.content, zero),
+        **batch,
         **given,
     )
-    return setup, dict(content.get("lowrank", {}))
+    return setup, dict(settings.content.get("lowrank", {}))
+
+
+def _batch(content: Mapping[str, Any], ranks: int, asked: int | None, asked_steps: int | None) -> dict[str, Any]:
+    """Sequences and number of the micro-steps: as DeepSpeed completes its three sizes, of which two say the third."""
+    whole, micro, steps = (None if content.get(key) == "auto" else content.get(key) for key in BATCH_KEYS)
+    micro, steps = micro if asked is None else asked, steps if asked_steps is None else asked_steps
+    if whole is not None:
+        if steps is None:
+            steps = whole // (ranks * micro) if micro else 1
+        if micro is None:
+            micro = whole // (ranks * steps) if steps else 1
+        if (asked, asked_steps) == (None, None) and whole != micro * steps * ranks:
+            raise ValueError(
+                f"train_batch_size = {whole} cannot be had by {ranks} ranks with a micro-batch of {micro} and {steps} "
+                "accumulation steps, and DeepSpeed refuses it: correct one of them"
+            )
+    return {"micro_batch": 1 if micro is None else micro, "accumulation": 1 if steps is None else steps}
 
 
 def from_fsdp(config: str | Path | Mapping[str, Any], ranks: int, **given: Any) -> tuple[Setup, dict[str, Any]]:
-    """A setup from the Trainer's FSDP2 file, and the options of its ``"lowrank"`` block.
+    """A setup from the Trainer's FSDP2 file, or accelerate's YAML, and the options of its ``"lowrank"`` block.
 
     Raises:
-        ValueError, FileNotFoundError: see :func:`ds_lowrank.integrations.fsdp.check_fsdp_config`.
+        ValueError: parameters are offloaded, which is not planned; see also
+            :func:`ds_lowrank.integrations.fsdp.check_fsdp_config`.
+        FileNotFoundError: no such file.
     """
-    content = check_fsdp_config(config)
-    reshard = content.get("reshard_after_forward", content.get("fsdp_reshard_after_forward", True))
     given = {key: value for key, value in given.items() if value is not None}
-    return Setup(kind="fsdp2", ranks=ranks, reshard=bool(reshard), **given), dict(content.get("lowrank", {}))
+    if is_accelerates(config):
+        config, asked = fsdp_block(config)  # type: ignore[arg-type]
+        given.setdefault("dtype", asked or "bf16")
+    settings = read_fsdp_config(config)
+    if settings.offload:
+        raise ValueError(
+            "offload_params = true of the FSDP configuration is not planned: set it to false, or use DeepSpeed's "
+            "offload_optimizer"
+        )
+    given["checkpointing"] = settings.checkpointing or given.get("checkpointing", False)
+    named = passed_over.of_fsdp(settings.keys)
+    setup = Setup(kind="fsdp2", ranks=ranks, reshard=settings.reshard, passed_over=named, **given)
+    return setup, dict(settings.content.get("lowrank", {}))
 
 
 def low_rank_config(options: Mapping[str, Any], rank: int | None) -> LowRankConfig:
@@ -201,6 +237,8 @@ def low_rank_config(options: Mapping[str, Any], rank: int | None) -> LowRankConf
     return LowRankConfig.from_dict(options)
 
 
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
 def _dtype(value: Any, default: str) -> str:
-    names = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "bfp16": "bf16"}
-    return default if value in (None, "auto") else names.get(str(value), default)
+    return default if value in (None, "auto") else str(value).lower()
