@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -343,6 +344,9 @@ class _Reader:
             size = self.content.get(key, "auto")
             if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
                 yield f"{key} must be an integer >= 1, got {size!r}"
+        clipping = self.content.get("gradient_clipping")
+        if clipping not in (None, "auto") and not (_is_number(clipping) and clipping >= 0):
+            yield f"gradient_clipping must be a number >= 0, 0 for none, got {clipping!r}"
         stage = self.zero.stage if self.zero.stage in (1, 2, 3) else 2
         base = {BATCH_KEYS[1]: 1, "zero_optimization": {"stage": stage}}
         passed_over = ("zero_optimization", "optimizer", BLOCK, "sequence_parallel_size", *BATCH_KEYS)
@@ -369,6 +373,10 @@ def without_auto(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _bf16_block(content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -435,7 +443,7 @@ def _reasons(error: Exception, key: str, value: Any, installed: str, known: Mapp
     """An exception of DeepSpeed's classes, a line for each thing that is wrong."""
     if not hasattr(error, "errors"):
         if key and not isinstance(value, Mapping) and isinstance(error, (TypeError, AttributeError)):
-            return [f"{key} must be a block of options, got {value!r}"]
+            return [f"{key} must be {'a text' if 'lower' in str(error) else 'a block of options'}, got {value!r}"]
         where = f"{key}: " if key else ""
         return [f"{where}DeepSpeed {installed} refuses it: {error or type(error).__name__}"]
     found = []

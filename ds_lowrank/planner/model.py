@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def read_model(source: str | Path | Mapping[str, Any] | nn.Module) -> Model:
             module = AutoModelForCausalLM.from_config(config)
         model = describe(module, name)
     except Exception as error:  # numbers that make no model stop its code anywhere
-        said = str(error).strip() or type(error).__name__
+        said = textwrap.shorten(str(error) or type(error).__name__, 300)  # it may list all models that there are
         raise ValueError(f"transformers cannot build the model {name!r} ({kind}): {said}") from error
     empty = [f"{parameter} {shape}" for parameter, shape in model.shapes.items() if not math.prod(shape)]
     if empty or not model.shapes:

@@ -211,8 +211,8 @@ def from_fsdp(config: str | Path | Mapping[str, Any], ranks: int, **given: Any) 
     settings = read_fsdp_config(config)
     if settings.offload:
         raise ValueError(
-            "offload_params = true of the FSDP configuration is not planned: set it to false, or use DeepSpeed's "
-            "offload_optimizer"
+            "offload_params (cpu_offload) = true of the FSDP configuration is not planned: set it to false, or use "
+            "DeepSpeed's offload_optimizer"
         )
     given["checkpointing"] = settings.checkpointing or given.get("checkpointing", False)
     named = passed_over.of_fsdp(settings.keys)
