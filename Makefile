@@ -17,7 +17,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 # Editable here too: an ordinary install would put a copy in its place, and tests would run against stale code.
 $(BIN)/.installed-bench: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,bench,examples]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,bench,examples,trl]"
 	touch $@
 
 pretrain: $(BIN)/.installed

@@ -21,6 +21,7 @@ from ds_lowrank.param_groups import param_groups, projected_names
 
 if TYPE_CHECKING:
     from ds_lowrank.checkpoint import Loaded, load_checkpoint, open_checkpoint
+    from ds_lowrank.integrations.attach import attach
     from ds_lowrank.integrations.checkpoints import PREEMPTED_EXIT_CODE, CheckpointCallback
     from ds_lowrank.integrations.resume import ResumeAnywhere
     from ds_lowrank.integrations.transformers import LowRankCallback, metrics, trainer_optimizer
@@ -36,6 +37,7 @@ __all__ = [
     "LowRankCallback",
     "LowRankConfig",
     "ResumeAnywhere",
+    "attach",
     "build_optimizer",
     "check_deepspeed_config",
     "deepspeed_optimizer",
@@ -63,6 +65,7 @@ _LATE = {
     "Loaded": "checkpoint",
     "LowRankCallback": "integrations.transformers",
     "ResumeAnywhere": "integrations.resume",
+    "attach": "integrations.attach",
     "describe": "report",
     "load_checkpoint": "checkpoint",
     "long_side_placement": "layouts.fsdp",

@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from ds_lowrank.config import LowRankConfig
+from ds_lowrank.config import BLOCK, LowRankConfig
 from ds_lowrank.integrations.by_hand import built_by_trainer as _built_by_trainer
 from ds_lowrank.integrations.checkpoints import CheckpointCallback
 from ds_lowrank.integrations.ddp import exclude_from_ddp
 from ds_lowrank.integrations.deepspeed import build_optimizer
 from ds_lowrank.integrations.deepspeed_config import read_deepspeed_config
 from ds_lowrank.integrations.fsdp import check_fsdp_config
+from ds_lowrank.integrations.galore_arguments import with_galore_arguments
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.report import describe, unwrap
 
@@ -32,14 +33,17 @@ def trainer_optimizer(
             that the Trainer was given, or takes the defaults without one.
         args: the ``TrainingArguments``. ``None`` takes those of the Trainer that builds the optimizer.
 
-    Learning rate, weight decay, betas and eps come from the ``TrainingArguments`` unless the configuration sets them.
+    Learning rate, weight decay, betas and eps come from the ``TrainingArguments`` unless the configuration sets them,
+    and so do the options of ``optim="galore_adamw"`` (:func:`with_galore_arguments`). For a Trainer that takes no
+    ``optimizer_cls_and_kwargs`` there is :func:`ds_lowrank.attach`.
 
     Raises:
-        ValueError: an option is unknown or out of range. What depends on the model, on DeepSpeed or on FSDP is
-            checked when the Trainer builds the optimizer, before the first step.
+        ValueError: an option is unknown or out of range. What depends on the model, on the ``TrainingArguments``, on
+            DeepSpeed or on FSDP is checked when the Trainer builds the optimizer, before the first step.
     """
     if config is not None and not isinstance(config, LowRankConfig):
-        config = LowRankConfig.from_dict(config)
+        LowRankConfig.from_dict(config)  # what it does not name may come from elsewhere later
+        config = dict(config)
     return _Factory, {"config": config, "args": args}
 
 
@@ -58,7 +62,7 @@ class _Factory:
         assert trainer is not None, "groups come from a Trainer of transformers < 5"
         return factory(trainer.model, **kwargs)
 
-    def __call__(self, model: nn.Module, config: LowRankConfig | None, args: Any) -> LowRankAdamW:
+    def __call__(self, model: nn.Module, config: LowRankConfig | Mapping[str, Any] | None, args: Any) -> LowRankAdamW:
         trainer = _calling_trainer()
         if args is None and trainer is None:
             raise ValueError(
@@ -66,13 +70,9 @@ class _Factory:
                 "ds_lowrank.trainer_optimizer(config, args=training_args)"
             )
         args = args or trainer.args
-        deepspeed_config, fsdp_config = _deepspeed_config(args), getattr(args, "fsdp_config", None)
-        notes: list[str] = []
-        if deepspeed_config is not None:
-            notes = read_deepspeed_config(deepspeed_config).notes
-            config = config or LowRankConfig.from_deepspeed(deepspeed_config)
-        elif args.fsdp and fsdp_config:
-            config = config or LowRankConfig.from_deepspeed(check_fsdp_config(fsdp_config))
+        deepspeed_config = _deepspeed_config(args)
+        notes = [] if deepspeed_config is None else read_deepspeed_config(deepspeed_config).notes
+        config = resolve_config(config, args)
         if hasattr(trainer, "accelerator"):
             check_trainer(trainer)
         adamw: dict[str, Any] = {
@@ -81,7 +81,6 @@ class _Factory:
             "eps": args.adam_epsilon,
             "weight_decay": args.weight_decay,
         }
-        config = config or LowRankConfig()
         if config.layerwise:
             check_layerwise(args)
             config = config.replace(accumulation_steps=args.gradient_accumulation_steps)
@@ -94,6 +93,28 @@ class _Factory:
         if wants_fsdp(args):
             optimizer.release_parameters()
         return optimizer
+
+
+def resolve_config(config: LowRankConfig | Mapping[str, Any] | None, args: Any) -> LowRankConfig:
+    """All options of a run: the given ones or the block's, and what ``TrainingArguments`` say about GaLore.
+
+    Args:
+        config: as for :func:`trainer_optimizer`.
+        args: the ``TrainingArguments``.
+
+    Raises:
+        ValueError: an option, the DeepSpeed or the FSDP configuration is not supported; or two sources differ.
+    """
+    deepspeed_config, fsdp_config = _deepspeed_config(args), getattr(args, "fsdp_config", None)
+    content: dict[str, Any] = {}
+    if deepspeed_config is not None:
+        content = read_deepspeed_config(deepspeed_config).content
+    elif config is None and args.fsdp and fsdp_config:
+        content = check_fsdp_config(fsdp_config)
+    if config is None:
+        LowRankConfig.from_deepspeed(content)  # refuses a misspelt block
+        config = content.get(BLOCK, {})
+    return with_galore_arguments(config, args)
 
 
 def wants_fsdp(args: Any) -> bool:
