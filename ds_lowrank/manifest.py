@@ -5,6 +5,9 @@ then their directories, then the marker in one atomic rename. Removal goes the o
 at any moment leaves a folder with a marker, which is whole, or one without, which is passed over.
 
 ``python -m ds_lowrank.manifest FOLDER`` marks a checkpoint that something else wrote and whose owner knows it is whole.
+
+A run may start below checkpoints that an earlier one has left. Those stay, whole, with a second file beside the marker
+that says so: they are passed over until they are written anew or marked again.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 from ds_lowrank.folders import check_links, member
 
 MARKER = "complete.json"
+SUPERSEDED = "superseded.json"
 _UNFINISHED = MARKER + ".tmp"
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
@@ -60,12 +64,12 @@ class Manifest:
 
 
 def file_sizes(folder: str | Path) -> dict[str, int]:
-    """Bytes of every file of a checkpoint, by its path within the folder; the marker is none of them."""
+    """Bytes of every file of a checkpoint, by its path within the folder; markers are none of them."""
     root = Path(folder)
     found = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if path.is_file() and name not in (MARKER, _UNFINISHED):
+        if path.is_file() and name not in (MARKER, SUPERSEDED, _UNFINISHED):
             found[name] = path.stat().st_size
     return found
 
@@ -118,19 +122,42 @@ def write_marker(folder: str | Path, files: Mapping[str, FileDigest], facts: Map
     for directory in {root.parent, root, *((root / name).parent for name in files)}:
         _sync_directory(directory)
     content = {"format": _FORMAT, "facts": dict(facts), "files": {name: asdict(files[name]) for name in sorted(files)}}
+    _write_in_one_piece(root, MARKER, content)
+
+
+def supersede(folder: str | Path, step: int) -> None:
+    """Say that a later run has started below a checkpoint, whose course has ended with it.
+
+    Args:
+        folder: the checkpoint.
+        step: where that run started.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    _write_in_one_piece(Path(folder), SUPERSEDED, {"a_later_run_started_at_step": step})
+
+
+def is_superseded(folder: str | Path) -> bool:
+    """Whether a later run has started below a checkpoint; see :func:`supersede`."""
+    return (Path(folder) / SUPERSEDED).is_file()
+
+
+def _write_in_one_piece(root: Path, name: str, content: Mapping[str, Any]) -> None:
     unfinished = root / _UNFINISHED
     with open(unfinished, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished, root / MARKER)
+    os.replace(unfinished, root / name)
     _sync_directory(root)
 
 
 def mark(folder: str | Path, facts: Mapping[str, Any]) -> None:
-    """Hash all files of a checkpoint and declare it complete, in one process."""
+    """Hash all files of a checkpoint and declare it complete, in one process; it is superseded no longer."""
     write_marker(folder, digests(folder, file_sizes(folder), sync=True), facts)
+    (Path(folder) / SUPERSEDED).unlink(missing_ok=True)
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -206,26 +233,43 @@ def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:
-    """The complete checkpoint of the highest step, or ``None``. Warns of newer ones that are incomplete."""
+    """The complete checkpoint of the highest step, or ``None``. Warns of newer ones that do not count.
+
+    What an earlier run has left above the step that a later one started at does not count.
+    """
     passed_over: list[str] = []
+    left_behind: list[str] = []
     newest = None
     for _, folder in reversed(checkpoints(output_dir)):
-        if is_complete(folder):
+        if is_superseded(folder):
+            left_behind.append(folder.name)
+        elif is_complete(folder):
             newest = folder
             break
-        passed_over.append(folder.name)
+        else:
+            passed_over.append(folder.name)
     if passed_over:
         warnings.warn(
             f"{output_dir}: {', '.join(passed_over)} passed over: without {MARKER} a checkpoint was not written to its "
             "end",
             stacklevel=2,
         )
+    if left_behind:
+        warnings.warn(
+            f"{output_dir}: {', '.join(left_behind)} passed over: an earlier run left them, and a later one started at "
+            f"a lower step ({SUPERSEDED})",
+            stacklevel=2,
+        )
     return newest
 
 
 def complete_beyond(output_dir: str | Path, step: int) -> list[Path]:
-    """Complete checkpoints of later steps than ``step``: of another course of the run, where one starts from there."""
-    return [folder for at, folder in checkpoints(output_dir) if at > step and is_complete(folder)]
+    """Complete checkpoints of later steps than ``step``: of another course of the run, where one starts from there.
+
+    Those that are superseded already are none of them.
+    """
+    later = [folder for at, folder in checkpoints(output_dir) if at > step]
+    return [folder for folder in later if is_complete(folder) and not is_superseded(folder)]
 
 
 def remove(folder: str | Path) -> None:
@@ -244,7 +288,8 @@ def remove(folder: str | Path) -> None:
 def retain(output_dir: str | Path, keep: int | None, protected: Sequence[str | Path] = ()) -> list[Path]:
     """Delete the oldest complete checkpoints beyond ``keep``, and incomplete ones that a newer complete one outdates.
 
-    The newest complete one is never deleted, nor what is protected; both count among the ones kept. A folder that
+    The newest complete one is never deleted, nor what is protected; both count among the ones kept. What an earlier run
+    has left (:func:`supersede`) is neither counted nor deleted. A folder that
     cannot be deleted is warned of: the run shall not end because of it.
 
     Args:
@@ -257,7 +302,7 @@ def retain(output_dir: str | Path, keep: int | None, protected: Sequence[str | P
     """
     if keep is None or keep < 1:
         return []
-    found = [(folder, is_complete(folder)) for _, folder in checkpoints(output_dir)]
+    found = [(f, is_complete(f)) for _, f in checkpoints(output_dir) if not is_superseded(f)]
     complete = [folder for folder, whole in found if whole]
     if not complete:
         return []

@@ -10,7 +10,6 @@ from typing import Any
 from sharding import world_size
 
 from ds_lowrank import manifest
-from ds_lowrank.integrations.checkpoints import course_refusal
 from ds_lowrank.opening import check_checkpoint, trainer_step
 
 
@@ -52,10 +51,19 @@ def resolve_resume(args: Any) -> None:
         if found.facts.get("model_only"):
             raise ValueError(f"{flag}: {folder} was written with --save_only_model and has no optimizer to go on with")
         step = _steps_made(folder)
+        if manifest.is_superseded(folder):
+            raise ValueError(
+                f"{flag}: an earlier run left {folder}, and a later one started at a lower step: python -m "
+                f"ds_lowrank.manifest {folder} makes it count again"
+            )
     args.resume_from_checkpoint, args.resumed_step = None if folder is None else str(folder), step
     beyond = manifest.complete_beyond(output, step)
     if beyond:
-        raise ValueError(course_refusal(output, step, beyond))
+        raise ValueError(
+            f"this run starts at step {step} and {output} has checkpoints of later steps "
+            f"({', '.join(later.name for later in beyond)}): go on with the newest (--resume), delete them, or write "
+            "into another directory (--run_name, --output_dir)"
+        )
     if args.resume and _rank() == 0:
         there = (
             f"going on with {folder}, step {step}" if folder else f"no complete checkpoint in {output}: from scratch"

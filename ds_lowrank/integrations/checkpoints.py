@@ -6,6 +6,7 @@ The Trainer writes the files; :class:`CheckpointCallback` decides when they coun
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import os
 import signal
@@ -48,8 +49,9 @@ class CheckpointCallback(TrainerCallback):
     - ``save_total_limit`` is taken over from the Trainer while it trains, whose own rotation runs before a checkpoint
       is complete.
 
-    A run that starts at a step below that of a complete checkpoint in its output directory is refused: the two would
-    be mixed, and a later resume would take up the wrong one.
+    A run may start below checkpoints that an earlier one has left in its output directory, from scratch or from an
+    earlier step. As with the Trainer alone, they stay until the run saves at the same step; with a warning, they are
+    marked so that :func:`ds_lowrank.newest_complete` and ``save_total_limit`` pass over them.
 
     Args:
         before_save: called on all ranks just before a save, with the optimizer that the Trainer holds; may be
@@ -59,8 +61,8 @@ class CheckpointCallback(TrainerCallback):
         preempted: name of the signal that ended this training, or ``None``.
         saved: the last complete checkpoint that this training wrote, or ``None``.
 
-    Raises, on all ranks: ``ValueError`` before the first step (ranks resume at different steps, or see above),
-    ``RuntimeError`` when a checkpoint could not be completed.
+    Raises, on all ranks: ``ValueError`` before the first step (ranks resume at different steps, or from a checkpoint
+    that is passed over), ``RuntimeError`` when a checkpoint could not be completed.
     """
 
     def __init__(self, before_save: Sequence[Callable[[Any], None]] = ()) -> None:
@@ -232,25 +234,47 @@ def on_rank_0(work: Callable[[], T], what: str) -> T:
 
 
 def _check_course(args: Any, state: Any) -> None:
-    """Refuse to train where a later resume would take up another course of the run."""
+    """Have a later resume take up this course of the run, and refuse one that an earlier run has left.
+
+    As with the Trainer alone, what lies in the output directory stays until this run comes to the same step. But the
+    highest step is then no longer the newest: checkpoints of later steps are marked as superseded.
+    """
     steps = together(lambda: state.global_step, "starting")
     if len(set(steps)) > 1:
         raise ValueError(
             f"the ranks start at different steps ({', '.join(map(str, steps))}): they do not see the same checkpoints "
             f"in {args.output_dir}. Put it on a filesystem that all of them see"
         )
-    beyond = on_rank_0(lambda: manifest.complete_beyond(args.output_dir, state.global_step), "looking for checkpoints")
-    if beyond:
-        raise ValueError(course_refusal(args.output_dir, state.global_step, beyond))
+
+    def settle() -> tuple[bool, list[str]]:
+        folder = _folder(args, state)
+        if manifest.is_superseded(folder) and _resumed_from(folder, state):
+            return True, []
+        beyond = manifest.complete_beyond(args.output_dir, state.global_step)
+        for later in beyond:
+            manifest.supersede(later, state.global_step)
+        return False, [later.name for later in beyond]
+
+    left_behind, beyond = on_rank_0(settle, "looking for checkpoints")
+    if left_behind:
+        raise ValueError(
+            f"this run resumes from {_folder(args, state)}, which an earlier run has left: a later one started at a "
+            "lower step. resume_from_checkpoint=str(ds_lowrank.newest_complete(output_dir)) goes on with the later "
+            f"one; python -m ds_lowrank.manifest {_folder(args, state)} makes the earlier one count again"
+        )
+    if beyond and _rank() == 0:
+        warnings.warn(
+            f"this run starts at step {state.global_step} and {args.output_dir} has checkpoints of later steps "
+            f"({', '.join(beyond)}): they stay until this run saves at the same step, save_total_limit passes over "
+            "them, and so does a resume (newest_complete). Another output_dir keeps the runs apart",
+            stacklevel=2,
+        )
 
 
-def course_refusal(output_dir: Any, step: int, beyond: Sequence[Path]) -> str:
-    """Why a run cannot start at ``step`` where complete checkpoints of later steps lie."""
-    return (
-        f"this run starts at step {step} and {output_dir} has checkpoints of later steps "
-        f"({', '.join(folder.name for folder in beyond)}): resume from the newest (launch/pretrain.py: --resume), "
-        "delete them, or write into another directory"
-    )
+def _resumed_from(folder: Path, state: Any) -> bool:
+    """Whether this state was read from a checkpoint: one of another directory may have as many steps."""
+    path = folder / "trainer_state.json"
+    return path.is_file() and json.loads(path.read_text())["log_history"] == state.log_history
 
 
 def _is_new_best(args: Any, state: Any, metrics: dict[str, float]) -> bool:

@@ -13,6 +13,7 @@ from ds_lowrank.checkpoint import load_checkpoint
 from ds_lowrank.integrations.checkpoints import together
 from ds_lowrank.integrations.transformers import _Factory
 from ds_lowrank.layouts.zero_files import optimizer_files, saved_by_stage3, tag_folder
+from ds_lowrank.manifest import newest_complete
 from ds_lowrank.opening import check_checkpoint, has_low_rank
 from ds_lowrank.report import unwrap
 from ds_lowrank.safe_load import load_file
@@ -31,11 +32,15 @@ class ResumeAnywhere:
     and the random states of those ranks that there were.
 
     Whoever loads it, a checkpoint is looked at before: see :func:`ds_lowrank.opening.check_checkpoint`.
+    ``resume_from_checkpoint=True`` takes :func:`ds_lowrank.newest_complete`, where there is one.
     """
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """See ``Trainer.train``."""
         trainer: Any = super()
+        if resume_from_checkpoint is True:  # the Trainer takes the highest step, broken or an earlier run's
+            newest = newest_complete(self.args.output_dir)  # type: ignore[attr-defined]
+            resume_from_checkpoint = True if newest is None else str(newest)
         self._resumed = False
         with self._engine_left_alone():
             return trainer.train(resume_from_checkpoint, *args, **kwargs)

@@ -66,6 +66,19 @@ def test_an_attached_trainer_resumes_exactly(tmp_path):
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
+def test_resume_from_checkpoint_true_takes_the_newest_that_counts(tmp_path):
+    """The Trainer by itself would take checkpoint-4, which an earlier run has left."""
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    for steps in (4, 2):
+        trainer = OwnInit(tmp_path, max_steps=steps, **saves)
+        ds_lowrank.attach(trainer, {"rank": 4})
+        trainer.train()
+    trainer = OwnInit(tmp_path, max_steps=3, **saves)
+    ds_lowrank.attach(trainer, {"rank": 4})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+
+
 def test_a_second_call_and_other_optimizers_are_refused(tmp_path):
     trainer = OwnInit(tmp_path)
     ds_lowrank.attach(trainer, {"rank": 4})

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import warnings
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from ds_lowrank import CheckpointCallback, manifest
 from ds_lowrank.integrations.signals import ignore_termination_in_workers
@@ -261,15 +263,75 @@ def test_a_callback_that_asks_for_a_save_after_ours_is_warned_of(tmp_path):
     assert complete(tmp_path) == [3]
 
 
-def test_a_run_that_starts_below_a_later_checkpoint_is_refused(tmp_path):
+def counted(output):
+    """The steps of the checkpoints that count, and the newest; whatever is warned of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        newest = manifest.newest_complete(output)
+    steps = [step for step, folder in manifest.checkpoints(output) if not manifest.is_superseded(folder)]
+    return steps, newest and newest.name
+
+
+def test_a_second_run_into_one_directory_is_the_one_that_a_resume_goes_on_with(tmp_path):
     trainer(tmp_path, CheckpointCallback()).train()
+    first = (tmp_path / "checkpoint-6" / "model.safetensors").read_bytes()
+    second = trainer(tmp_path, CheckpointCallback(), At(3, kill()), learning_rate=0.2)
+    with pytest.warns(UserWarning, match=r"starts at step 0 and .*\(checkpoint-2, checkpoint-4, checkpoint-6\)"):
+        second.train()
+    assert counted(tmp_path) == ([2, 4], "checkpoint-4")
+    assert (tmp_path / "checkpoint-6" / "model.safetensors").read_bytes() == first, "it is left as it was"
+    third = trainer(tmp_path, CheckpointCallback(), learning_rate=0.2)
+    third.train(resume_from_checkpoint=str(manifest.newest_complete(tmp_path)))
+    assert counted(tmp_path) == ([2, 4, 6], "checkpoint-6")
+    assert (tmp_path / "checkpoint-6" / "model.safetensors").read_bytes() != first
+
+
+def test_a_second_run_that_saved_nothing_leaves_nothing_of_the_first_to_be_taken_for_it(tmp_path):
+    trainer(tmp_path, CheckpointCallback()).train()
+
+    def crash(_):
+        raise KeyboardInterrupt
+
+    for resume, left in (("checkpoint-4", ([2, 4], "checkpoint-4")), (None, ([], None))):
+        run = trainer(tmp_path, CheckpointCallback(), At(4 if resume else 0, crash))
+        with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="checkpoints of later steps"):
+            run.train(resume_from_checkpoint=str(tmp_path / resume) if resume else None)
+        assert counted(tmp_path) == left
+    assert complete(tmp_path) == [2, 4, 6]
+
+
+def test_the_limit_counts_the_checkpoints_of_this_run(tmp_path):
+    trainer(tmp_path, CheckpointCallback(), max_steps=12, save_steps=3).train()
+    with pytest.warns(UserWarning, match="checkpoints of later steps"):
+        trainer(tmp_path, CheckpointCallback(), save_total_limit=1).train()
+    assert counted(tmp_path) == ([6], "checkpoint-6")
+    assert complete(tmp_path) == [3, 6, 9, 12], "what an earlier run left is not deleted, but written over"
+
+
+def test_what_an_earlier_run_left_is_resumed_on_purpose_only(tmp_path):
+    trainer(tmp_path, CheckpointCallback(), logging_strategy="steps", logging_steps=1).train()
+    with pytest.warns(UserWarning, match="checkpoints of later steps"):
+        trainer(tmp_path, CheckpointCallback(), At(1, kill())).train()
     handler = signal.getsignal(signal.SIGTERM)
-    run = trainer(tmp_path, CheckpointCallback())
-    with pytest.raises(ValueError, match=r"starts at step 0 and .* checkpoints of later steps \(checkpoint-2, "):
-        run.train()
+    run = trainer(tmp_path, CheckpointCallback(), max_steps=8)
+    last = get_last_checkpoint(tmp_path)  # what resume_from_checkpoint=True takes
+    with pytest.raises(ValueError, match=r"checkpoint-6, which an earlier run has left.*ds_lowrank\.manifest"):
+        run.train(resume_from_checkpoint=last)
     assert signal.getsignal(signal.SIGTERM) == handler
-    with pytest.raises(ValueError, match=r"starts at step 4 and .* \(checkpoint-6\)"):
-        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    manifest.mark(last, {})
+    run.train(resume_from_checkpoint=last)
+    assert counted(tmp_path)[1] == "checkpoint-8"
+
+
+def test_a_checkpoint_of_elsewhere_with_as_many_steps_is_not_taken_for_the_earlier_runs(tmp_path):
+    logged = {"logging_strategy": "steps", "logging_steps": 1}
+    trainer(tmp_path / "one", CheckpointCallback(), **logged).train()
+    trainer(tmp_path / "other", CheckpointCallback(), learning_rate=0.3, **logged).train()
+    with pytest.warns(UserWarning, match="checkpoints of later steps"):
+        trainer(tmp_path / "one", CheckpointCallback(), At(1, kill())).train()
+    run = trainer(tmp_path / "one", CheckpointCallback(), max_steps=8, **logged)
+    run.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-6"))
+    assert counted(tmp_path / "one")[1] == "checkpoint-8"
 
 
 def test_workers_of_a_data_loader_outlive_the_signal():
