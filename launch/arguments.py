@@ -7,7 +7,8 @@ it is made; the ones that cost nothing to check come first, so that a wrong path
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,34 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 import ds_lowrank
+from ds_lowrank.integrations.galore_arguments import complete_options
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN_DTYPES = ("uint16", "uint32", "int32")
 OPTIMIZERS = ("lowrank", "adamw", "frozen")
 # Peak learning rates of the default run, tuned for each by benchmarks/first_run.py.
 LEARNING_RATES = {"lowrank": 0.005, "adamw": 0.002, "frozen": 0.005}
+# Flag, field, what it must be, and whether a number is that.
+_RANGES: tuple[tuple[str, str, str, Callable[[float], bool]], ...] = (
+    ("batch_size", "per_device_train_batch_size", "at least 1", lambda x: x >= 1),
+    ("per_device_eval_batch_size", "per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
+    ("gradient_accumulation", "gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
+    ("max_steps", "max_steps", "at least 1, or -1", lambda x: x >= 1 or x == -1),
+    ("num_train_epochs", "num_train_epochs", "above 0", lambda x: x > 0),
+    ("lr", "learning_rate", "a number >= 0", lambda x: x >= 0),
+    ("min_lr_ratio", "min_lr_ratio", "a number from 0 to 1", lambda x: 0 <= x <= 1),
+    ("warmup_steps", "warmup_steps", "a number >= 0", lambda x: x >= 0),
+    ("weight_decay", "weight_decay", "a number >= 0", lambda x: x >= 0),
+    ("grad_clipping", "max_grad_norm", "a number >= 0", lambda x: x >= 0),
+    ("beta1", "adam_beta1", "a number in [0, 1)", lambda x: 0 <= x < 1),
+    ("adam_beta2", "adam_beta2", "a number in [0, 1)", lambda x: 0 <= x < 1),
+    ("adam_epsilon", "adam_epsilon", "a number above 0", lambda x: x > 0),
+    ("eval_every", "eval_steps", "above 0", lambda x: x > 0),
+    ("save_every", "save_steps", "at least 0", lambda x: x >= 0),
+    ("logging_steps", "logging_steps", "above 0", lambda x: x > 0),
+    ("workers", "dataloader_num_workers", "at least 0", lambda x: x >= 0),
+    ("seed", "seed", "from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
+)
 _BASE_FIELDS = {f.name for f in fields(TrainingArguments)}
 
 
@@ -204,7 +227,11 @@ class PretrainArguments(TrainingArguments):
     adam_beta1: float = HfArg(default=0.9, aliases=["--beta1"])
     # The Trainer's default searches every graph for parameters that a model like these does not have.
     ddp_find_unused_parameters: bool | None = HfArg(default=False)
-    optim: str = HfArg(default="adamw_torch", help="only read by --optimizer adamw and frozen")
+    optim: str = HfArg(
+        default="adamw_torch",
+        help="of --optimizer adamw and frozen; with lowrank galore_adamw and its kin are taken for the options that "
+        "they stand for, and others are refused",
+    )
     optim_target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "overrides the block: all-linear, a regular expression on module names, or names"},
@@ -229,6 +256,11 @@ class PretrainArguments(TrainingArguments):
         help="go on with the newest complete checkpoint in --output_dir, or start where there is none: the same "
         "command the first time and after every crash or preemption; with --resume_from_checkpoint it starts there",
     )
+    override_lr: bool = HfArg(
+        default=False,
+        help="resume with the learning rate and the schedule of the command line, at the checkpoint's step of it; "
+        "default: the checkpoint's",
+    )
     resumed_step: int = field(default=0, init=False)  # the step that this run starts at
     save_total_limit: int | None = HfArg(default=None, help="checkpoints that are kept; default: all")
     bf16: bool | None = HfArg(default=None, help="default: on an accelerator that supports it")
@@ -236,6 +268,7 @@ class PretrainArguments(TrainingArguments):
         gradient_checkpointing: bool = HfArg(default=False, aliases=["--activation_checkpointing"])
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if self.fsdp_config:
             self.fsdp = True  # without it the Trainer passes over the file
         self._choose_device()
@@ -256,6 +289,13 @@ class PretrainArguments(TrainingArguments):
             import deepspeed  # not before prepare_cpu()
 
             deepspeed.init_distributed()
+
+    def _check_numbers(self) -> None:
+        """Refuse what would end a run much later, in an error of somebody else's."""
+        for flag, name, what, allowed in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and allowed(value)):
+                raise ValueError(f"--{flag} must be {what}, got {value}")
 
     def _choose_device(self) -> None:
         if not torch.cuda.is_available():
@@ -340,6 +380,12 @@ def parse_arguments(
     training = make(PretrainArguments)
     if training.optimizer == "adamw" and (ignored := make(LowRankArguments).options({}, None)):
         raise ValueError(f"--optimizer adamw has no subspaces: leave --{' --'.join(ignored)} out")
+    if training.override_lr and not (training.resume or training.resume_from_checkpoint):
+        raise ValueError("--override_lr is for --resume and --resume_from_checkpoint: leave it out")
+    if training.optimizer == "lowrank":
+        if training.optim_target_modules:
+            training.optim_target_modules = options["optim_target_modules"]
+        options = complete_options(options, training)
     if data.streaming and training.max_steps <= 0:
         raise ValueError("--streaming needs --max_steps: a stream has no length")
     if data.streaming and training.dataloader_num_workers:

@@ -30,11 +30,12 @@ import transformers
 from arguments import DataArguments, ModelArguments, PretrainArguments, parse_arguments
 from data import Collator, PackedData, load_data
 from position import StreamPosition
+from record import RunRecord, compare, compare_data, describe_data, make_record, read_record, take_up
 from sharding import check_trainer
 from stream import PackedStream
 from torch import Tensor
 from torch.utils.data import Subset
-from trainer import PretrainTrainer
+from trainer import NotStarted, PretrainTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> int:
             _say_preempted(trainer)
         else:
             _say_finished(trainer, finish(trainer, result.metrics, config))
+    except NotStarted as error:
+        return _refuse(error)
     except Exception as error:
         full = trainer.checkpoints.explain(error)
         if full is None:
@@ -83,21 +86,28 @@ def set_up(argv: list[str]) -> tuple[PretrainTrainer, ds_lowrank.LowRankConfig]:
         OSError: a file, dataset or tokenizer that is not there.
     """
     model_args, data_args, low_rank_options, args = parse_arguments(argv)
+    before = read_record(args.resume_from_checkpoint)
+    low_rank_options = take_up(before, args, low_rank_options)
+    shape = AutoConfig.from_pretrained(model_args.model_config)
+    config = low_rank_config(low_rank_options, args, shape)
+    record = make_record(args, config, shape, data_args)
+    compare(before, record, args)
+    if config.layerwise:
+        check_layerwise(args)
     data = load_data(
         data_args,
         rank=args.process_index,
         world_size=args.world_size,
         first=partial(args.main_process_first, desc="tokenizing"),
     )
+    record["data"] |= describe_data(data)
+    compare_data(before, record, args)
     data.train = _whole_steps(data.train, args)
     model = build_model(model_args, data_args, data.tokenizer, args.seed)
-    config = low_rank_config(low_rank_options, args, model)
-    if config.layerwise:
-        check_layerwise(args)
     projected = [target.name for target in find_targets(model, config).projected]
     if args.optimizer == "frozen":
         freeze(model, projected)
-    trainer = build_trainer(model, config, data, data_args, args)
+    trainer = build_trainer(model, config, data, data_args, args, record)
     if trainer.position is not None:
         trainer.position.resume(args.resume_from_checkpoint, args)
     return trainer, config
@@ -141,14 +151,14 @@ def _initialise_as_elsewhere(model: PreTrainedModel, config: PretrainedConfig, s
 
 
 def low_rank_config(
-    options: dict[str, Any], args: PretrainArguments, model: PreTrainedModel
+    options: dict[str, Any], args: PretrainArguments, shape: PretrainedConfig
 ) -> ds_lowrank.LowRankConfig:
     """Options of the block and the flags, completed for this model.
 
     Where no rank is given it is a quarter of the hidden size (GaLore's ranks for 60M, 350M, 1B and 7B); where no gap
     is given it is that of ``configs/``; where no seed of the sampler is given it is ``--seed``.
     """
-    defaults = {"rank": max(1, model.config.hidden_size // 4), "update_proj_gap": 50, "seed": args.seed}
+    defaults = {"rank": max(1, shape.hidden_size // 4), "update_proj_gap": 50, "seed": args.seed}
     return ds_lowrank.LowRankConfig.from_dict({**defaults, **options})
 
 
@@ -182,6 +192,7 @@ def build_trainer(
     data: PackedData,
     data_args: DataArguments,
     args: PretrainArguments,
+    record: dict[str, Any],
 ) -> PretrainTrainer:
     """Trainer with our optimizer, or with the Trainer's own AdamW for ``adamw`` and ``frozen``."""
     low_rank = args.optimizer == "lowrank"
@@ -196,6 +207,7 @@ def build_trainer(
         processing_class=data.tokenizer,
         callbacks=[ds_lowrank.LowRankCallback()] if low_rank else None,
         position=StreamPosition(data.train) if isinstance(data.train, PackedStream) else None,
+        record=RunRecord(record),
         checkpoints=ds_lowrank.CheckpointCallback(),
         optimizer_cls_and_kwargs=(ds_lowrank.trainer_optimizer(config, args=args) if low_rank else None),
     )
@@ -222,7 +234,7 @@ def finish(
         "train_seconds": train_metrics["train_runtime"],
         "tokens_per_second": made_here / train_metrics["train_runtime"] if made_here else None,
         "world_size": args.world_size,
-        "learning_rate": args.learning_rate,
+        "learning_rate": config.lr if trainer.low_rank and config.lr is not None else args.learning_rate,
         "seed": args.seed,
         "skipped_shards": None if trainer.position is None else trainer.position.all_skipped(),
         "parameters": sum(math.prod(whole_shape(p)) for p in trainer.model.parameters()),

@@ -61,7 +61,7 @@ def resolve_resume(args: Any) -> None:
     if beyond:
         raise ValueError(
             f"this run starts at step {step} and {output} has checkpoints of later steps "
-            f"({', '.join(later.name for later in beyond)}): go on with the newest (--resume), delete them, or write "
+            f"({', '.join(later.name for later in beyond)}): resume from the newest (--resume), delete them, or write "
             "into another directory (--run_name, --output_dir)"
         )
     if args.resume and _rank() == 0:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from position import StreamPosition
+from record import RunRecord, override_schedule
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 import ds_lowrank
+from ds_lowrank.layouts import LayoutError
 
 
 class PretrainTrainer(ds_lowrank.ResumeAnywhere, Trainer):
@@ -22,6 +24,7 @@ class PretrainTrainer(ds_lowrank.ResumeAnywhere, Trainer):
     Args:
         sequence_length: tokens in a row of the training set.
         low_rank: whether the optimizer is ours, with figures of its own.
+        record: keeps what the run was told.
         checkpoints: what completes checkpoints and watches for preemption.
         position: keeps that of a stream.
         kwargs: of ``Trainer``.
@@ -32,6 +35,7 @@ class PretrainTrainer(ds_lowrank.ResumeAnywhere, Trainer):
         *,
         sequence_length: int,
         low_rank: bool,
+        record: RunRecord,
         checkpoints: ds_lowrank.CheckpointCallback,
         position: StreamPosition | None = None,
         **kwargs: Any,
@@ -49,20 +53,38 @@ class PretrainTrainer(ds_lowrank.ResumeAnywhere, Trainer):
         self.position = position
         if position is not None:
             self.add_callback(position)
+        self.record = record
+        self.add_callback(record)
         self.checkpoints = checkpoints
         self.add_callback(checkpoints)
-        self.add_callback(_NothingLeftCallback())
+        self._starts = _Starts()
+        self.add_callback(self._starts)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """The Trainer's; a run that is resumed after its last step makes no further one (the Trainer makes one)."""
+        """The Trainer's; a run that is resumed after its last step makes no further one (the Trainer makes one).
+
+        Raises:
+            NotStarted: something was refused before the first step.
+        """
+        self._starts.has_started = False
         try:
             return super().train(*args, **kwargs)
+        except (ValueError, LayoutError) as error:
+            if self._starts.has_started:
+                raise
+            raise NotStarted(str(error)) from error
         except _NothingLeft:
             self.is_in_train = False
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
             metrics = {"train_loss": losses[-1] if losses else None, "train_runtime": 0.0}
             return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What the checkpoint has, or the command line's schedule where that was asked for."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.override_lr:
+            override_schedule(self.lr_scheduler, self.record.record["arguments"]["learning_rate"])
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's, except that every rank reads its own share of a stream (accelerate reads all on one)."""
@@ -114,17 +136,28 @@ class PretrainTrainer(ds_lowrank.ResumeAnywhere, Trainer):
         return {"tokens_per_second": tokens / (now - then)}
 
 
+class NotStarted(ValueError):
+    """Refused before the first step: a user's error, of which the text says all."""
+
+
 class _NothingLeft(Exception):
     """The checkpoint that was resumed is the last of its run."""
 
 
-class _NothingLeftCallback(TrainerCallback):
-    """Ends training before its first step where the steps have all been made; the last to hear that it begins."""
+class _Starts(TrainerCallback):
+    """Ends training before its first step where the steps have all been made; the last to hear that it begins.
+
+    How often a resumed run logs, evaluates and saves is the command line's: the Trainer takes the checkpoint's.
+    """
+
+    has_started = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Raise on all ranks, whose steps have been compared."""
+        self.has_started = True
+        state.compute_steps(args, state.max_steps)
         if state.global_step >= state.max_steps:
             raise _NothingLeft
 

@@ -21,25 +21,37 @@ _OPTIM_ARGS: dict[str, Callable[[str], Any]] = {"rank": int, "update_proj_gap": 
 
 
 def with_galore_arguments(config: LowRankConfig | Mapping[str, Any], args: Any) -> LowRankConfig:
-    """Our options, completed by the GaLore options of the Trainer's own arguments.
+    """Our options, completed by the GaLore options of the Trainer's own arguments; see :func:`complete_options`.
+
+    Args:
+        config: our options. The keys of a mapping are what it says; a :class:`LowRankConfig` says everything.
+        args: the ``TrainingArguments``.
+
+    Raises:
+        ValueError: see :func:`complete_options`.
+    """
+    if not isinstance(config, LowRankConfig):
+        LowRankConfig.from_dict(config)
+    given = config.to_dict() if isinstance(config, LowRankConfig) else config
+    return LowRankConfig.from_dict(complete_options(given, args))
+
+
+def complete_options(options: Mapping[str, Any], args: Any) -> dict[str, Any]:
+    """Options and, where these do not say it, what the Trainer's own arguments say of GaLore.
 
     ``optim_args`` (``rank``, ``update_proj_gap``, ``scale``, ``proj_type``), ``optim_target_modules`` and what the name
     ``optim`` says (``_8bit``: ``state_dtype="int8"``; ``_layerwise``: ``layerwise``) are taken where ours do not say
     it. GaLore keeps the dominant directions, so with its name ``selection`` is ``dominant`` unless ours say otherwise.
 
     Args:
-        config: our options. The keys of a mapping are what it says; a :class:`LowRankConfig` says everything.
+        options: fields of a :class:`LowRankConfig`.
         args: the ``TrainingArguments``; ``optim``, ``optim_args`` and ``optim_target_modules`` are read.
 
     Raises:
         ValueError: both say it and differ, ``optim`` names another rule than AdamW, or an ``optim_args`` is unknown
             or no number.
     """
-    if isinstance(config, LowRankConfig):
-        given = config.to_dict()
-    else:
-        LowRankConfig.from_dict(config)
-        given = dict(config)
+    given = dict(options)
     name = getattr(args.optim, "value", args.optim)
     told = [(f'optim_args="{key}={value}"', key, value) for key, value in _optim_args(args.optim_args).items()]
     if (targets := getattr(args, "optim_target_modules", None)) is not None:
@@ -58,7 +70,7 @@ def with_galore_arguments(config: LowRankConfig | Mapping[str, Any], args: Any) 
                 f"TrainingArguments({where}) and lowrank.{key} = {given[key]!r} are two values of one option: leave "
                 "one of them out"
             )
-    return LowRankConfig.from_dict(given)
+    return given
 
 
 def _optim_args(text: str | None) -> dict[str, Any]:

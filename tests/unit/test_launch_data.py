@@ -222,6 +222,14 @@ def test_missing_column_is_named(tmp_path, jsonl, streaming):
         load_data(args)
 
 
+def test_arguments_of_galore_in_the_trainer_count_as_flags_of_ours(tmp_path):
+    argv = f"--optim galore_adamw_8bit --optim_args rank=128,scale=0.5 --output_dir {tmp_path} --report_to none"
+    options = parse_arguments(argv.split())[2]
+    assert options == {"rank": 128, "scale": 0.5, "state_dtype": "int8", "selection": "dominant"}
+    several = parse_arguments([*argv.split(), "--optim_target_modules", "q_proj", "k_proj"])[2]
+    assert several["optim_target_modules"] == ["q_proj", "k_proj"]
+
+
 def test_too_little_text(tmp_path, jsonl):
     with pytest.raises(ValueError, match="the train split has too little text for one sequence of 100000 tokens"):
         load_data(arguments(tmp_path, train_file=str(jsonl), max_length=100_000))
@@ -242,6 +250,23 @@ def test_too_little_text(tmp_path, jsonl):
         (["--optimizer", "galore"], "invalid choice: 'galore'"),
         (["--total_batch_size", "12"], "--total_batch_size 12 is no multiple of --batch_size 8 x 1 ranks"),
         (["--validation_share", "1.5"], "--validation_share must lie between 0 and 1"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (["--per_device_eval_batch_size", "-2"], "--per_device_eval_batch_size must be at least 1, got -2"),
+        (["--gradient_accumulation", "0"], "--gradient_accumulation must be at least 1, got 0"),
+        (["--lr", "nan"], "--lr must be a number >= 0, got nan"),
+        (["--lr", "-1"], "--lr must be a number >= 0, got -1.0"),
+        (["--lr", "inf"], "--lr must be a number >= 0, got inf"),
+        (["--max_steps", "0"], "--max_steps must be at least 1, or -1, got 0"),
+        (["--weight_decay", "-0.1"], "--weight_decay must be a number >= 0"),
+        (["--grad_clipping", "nan"], "--grad_clipping must be a number >= 0"),
+        (["--beta1", "1"], "--beta1 must be a number in [0, 1)"),
+        (["--adam_epsilon", "0"], "--adam_epsilon must be a number above 0"),
+        (["--min_lr_ratio", "2"], "--min_lr_ratio must be a number from 0 to 1"),
+        (["--warmup_steps", "-3"], "--warmup_steps must be a number >= 0"),
+        (["--eval_every", "0"], "--eval_every must be above 0"),
+        (["--seed", "-1"], "--seed must be from 0 to 2**32 - 1"),
+        (["--override_lr"], "--override_lr is for --resume"),
+        (["--optim", "adafactor"], "asks for another optimizer"),
     ],
 )
 def test_bad_command_line(argv, message):
