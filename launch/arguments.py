@@ -284,11 +284,6 @@ class PretrainArguments(TrainingArguments):
         resolve_resume(self)
         check_checkpoints(self, self.optimizer == "lowrank")
         super().__post_init__()
-        if self.deepspeed and self.use_cpu:
-            # zero.Init takes the process group from deepspeed.comm, which accelerate leaves alone on a CPU.
-            import deepspeed  # not before prepare_cpu()
-
-            deepspeed.init_distributed()
 
     def _check_numbers(self) -> None:
         """Refuse what would end a run much later, in an error of somebody else's."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.gloo import await_gloo_at_exit
 from ds_lowrank.integrations.deepspeed_config import bf16_master, check_deepspeed_config, read_deepspeed_config
+from ds_lowrank.integrations.zero_init import count_all_ranks
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.param_groups import param_groups
 
@@ -120,7 +121,8 @@ def prepare_cpu() -> None:
     """Make DeepSpeed start on a machine without an accelerator without compiling anything, and ranks end there orderly.
 
     DeepSpeed's CPU backend builds a shared-memory extension at its first start (about a minute, and a C++ compiler);
-    gloo serves without it. Gloo's threads are waited for when the process ends (:mod:`ds_lowrank.gloo`). Call before
+    gloo serves without it. Gloo's threads are waited for when the process ends (:mod:`ds_lowrank.gloo`). Models that
+    the Trainer partitions under stage 3 are cut for all ranks without ``deepspeed.init_distributed()``. Call before
     ``torch.distributed`` is initialised; does nothing where torch sees a GPU or another accelerator.
     """
     if torch.accelerator.is_available():
@@ -132,6 +134,7 @@ def prepare_cpu() -> None:
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if compatible is not None:
         compatible["deepspeed_shm_comm"] = False
+    count_all_ranks()
 
 
 def _automatic_keys(content: Mapping[str, Any], prefix: str = "") -> list[str]:

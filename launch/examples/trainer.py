@@ -45,10 +45,6 @@ def main() -> None:
         logging_steps=5,
         report_to="none",
     )
-    if args.deepspeed and not gpus:
-        import deepspeed  # not before prepare_cpu()
-
-        deepspeed.init_distributed()  # from_config() asks for it under ZeRO-3; on GPUs TrainingArguments does it
     torch.manual_seed(0)
     shape = LlamaConfig(
         hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4, vocab_size=512

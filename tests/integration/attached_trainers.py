@@ -85,10 +85,11 @@ def make_trainer(kind: str, model: str, folder: Path, **options: Any) -> Any:
     prompts = [" ".join(words[i : i + 4]) for i in range(16)]
     if kind in ("trainer", "seq2seq"):
         rows = [{"input_ids": ids, "labels": ids} for ids in tokenizer(prompts)["input_ids"]]
-        loaded = AutoModelForCausalLM.from_pretrained(model)
-        if kind == "trainer":
-            return Trainer(loaded, TrainingArguments(**settings), train_dataset=rows)
-        return Seq2SeqTrainer(loaded, Seq2SeqTrainingArguments(**settings), train_dataset=rows)
+        trainer, arguments = (
+            (Trainer, TrainingArguments) if kind == "trainer" else (Seq2SeqTrainer, Seq2SeqTrainingArguments)
+        )
+        args = arguments(**settings)  # first: stage 3 then partitions the model as it is loaded
+        return trainer(AutoModelForCausalLM.from_pretrained(model), args, train_dataset=rows)
 
     import trl
 
@@ -116,12 +117,17 @@ def train(kind: str, folder: Path, **options: Any) -> dict[str, Any]:
     model = make_model(folder / f"model{RANK}")  # on each rank, the same
     trainer = make_trainer(kind, model, folder / kind, **options)
     ds_lowrank.attach(trainer, {"rank": LOW_RANK})
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+    def weights() -> dict[str, Any]:
+        # Stage 3 keeps this rank's part there.
+        return {name: getattr(p, "ds_tensor", p).detach().clone() for name, p in trainer.model.named_parameters()}
+
+    before = weights()
     trainer.train()
     optimizer = trainer.optimizer
     while not isinstance(optimizer, ds_lowrank.LowRankAdamW) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    moved = [name for name, p in trainer.model.named_parameters() if not p.detach().equal(before[name])]
+    moved = [name for name, weight in weights().items() if not weight.equal(before[name])]
     newest = ds_lowrank.newest_complete(folder / kind)
     return {
         "trainer": type(trainer).__name__,

@@ -32,3 +32,11 @@ def test_zero2_on_two_ranks(tmp_path):
         expected = {"trainer": KINDS[kind], "layout": "ZeRO-1/2", "ranks": 2, **ALL_PROJECTED}
         found = [json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in range(2)]
         assert found == [expected] * 2
+
+
+@pytest.mark.launcher
+def test_a_model_that_stage_3_partitions_as_it_is_loaded(tmp_path):
+    """Nobody calls deepspeed.init_distributed(): zero.Init would count one rank on a CPU."""
+    launch(tmp_path, "deepspeed", str(tmp_path), *config("zero3"), "--kinds", "trainer", script=SCRIPT)
+    expected = {"trainer": "Trainer", "layout": "ZeRO-3", "ranks": 2, **ALL_PROJECTED}
+    assert [json.loads((tmp_path / f"trainer-{rank}.json").read_text()) for rank in range(2)] == [expected] * 2
