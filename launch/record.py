@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,25 @@ def read_record(folder: str | None) -> dict[str, Any]:
     """
     if folder is None:
         return {}
-    path, schedule = Path(folder) / FILE, Path(folder) / "scheduler.pt"
-    if path.is_file():
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if all(isinstance(record[part], dict) for part in ("arguments", "lowrank", "model", "data")):
-                return record
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}): resume from another checkpoint") from error
-        raise ValueError(f"{path} is damaged: resume from another checkpoint")
-    rates = torch.load(schedule, weights_only=True).get("base_lrs") if schedule.is_file() else None
-    return {"arguments": {"learning_rate": rates[0]}} if rates else {}
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return _learning_rate(Path(folder) / "scheduler.pt")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        damage = [part for part in ("arguments", "lowrank", "model", "data") if not isinstance(record[part], dict)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): resume from another checkpoint") from error
+    if damage:
+        raise ValueError(f"{path} is damaged ({damage[0]}): resume from another checkpoint")
+    return record
+
+
+def _learning_rate(schedule: Path) -> dict[str, Any]:
+    try:
+        rates = torch.load(schedule, weights_only=True)["base_lrs"]
+        return {"arguments": {"learning_rate": float(rates[0])}}
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, IndexError, TypeError, ValueError):
+        return {}  # another kind of schedule, or none: the Trainer has more to say about it
 
 
 def take_up(record: dict[str, Any], args: PretrainArguments, options: dict[str, Any]) -> dict[str, Any]:

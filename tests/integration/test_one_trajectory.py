@@ -103,7 +103,7 @@ def test_one_run_moves_from_zero2_to_fsdp2_to_zero3(workplace, zero2_run):
     assert "layout: FSDP2 on 2 ranks" in printed
     same_end(workplace / "moved", zero2_run[0])
 
-    here = workplace / "moved" / "checkpoint-6"  # the Trainer goes on saving as often as the checkpoint says
+    here = workplace / "moved" / "checkpoint-6"
     assert "going on with what" not in resumed(workplace, "fsdp2", "moved_again", here, argv)
     same_weights(workplace / "moved_again", workplace / "moved")
 

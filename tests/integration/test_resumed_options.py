@@ -83,10 +83,12 @@ def test_the_same_command_has_nothing_to_say(run):
 
 def test_override_lr_takes_the_schedule_of_the_command_line_at_this_step(run, tmp_path):
     options = {"lr": 0.05, "override_lr": True, "scheduler": "linear", "warmup_steps": 0, "max_steps": 8}
+    options["save_every"] = 3  # the Trainer by itself goes on saving every 2 steps, as the checkpoint says
     code, said, _, metrics = run(**options)
     assert code == 0
     assert not any("learning_rate" in line for line in said)
     assert metrics["learning_rate"] == 0.05
+    assert [step for step, _ in manifest.checkpoints(tmp_path / "out")] == [3, 6, 8]
     state = json.loads((tmp_path / "out" / "checkpoint-8" / "trainer_state.json").read_text())
     rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry][2:]
     assert rates == pytest.approx([0.05 * (8 - step) / 8 for step in range(2, 8)])
@@ -118,6 +120,18 @@ def test_a_checkpoint_without_a_record_is_refused_by_its_states(run, whole, tmp_
     code, said, error, _ = run(checkpoint=old, lr=0.05, **options)
     assert (code, error[0][:7]) == (2, "error: "), error
     assert any("--learning_rate 0.01 as in the checkpoint, not 0.05" in line for line in said)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"arguments": 1, "lowrank": {}, "model": {}, "data": {}}'])
+def test_a_damaged_record_is_named(run, whole, tmp_path, content):
+    bad = tmp_path / "bad" / "checkpoint-2"
+    bad.mkdir(parents=True)
+    (bad / "trainer_state.json").write_text('{"global_step": 2}')
+    (bad / "run.json").write_text(content)
+    manifest.mark(bad, {})
+    code, _, error, _ = run(checkpoint=bad)
+    assert code == 2
+    assert f"{bad / 'run.json'} is damaged" in error[0]
 
 
 def test_what_the_run_was_told_is_part_of_a_checkpoint(whole):
