@@ -49,14 +49,14 @@ def attach(trainer: Any, config: LowRankConfig | Mapping[str, Any] | None = None
     if not all(hasattr(trainer, name) for name in ("args", "model", "create_optimizer", "add_callback", "accelerator")):
         raise TypeError(f"attach takes a Trainer that has been constructed, got {kind.__name__}")
     chosen = getattr(trainer, "optimizer_cls_and_kwargs", None)
-    if chosen is not None:
-        ours = chosen[0] is _Factory
+    if chosen is not None and chosen[0] is _Factory:
         raise ValueError(
             f"this {kind.__name__} has the low-rank optimizer already: attach once, and pass no "
             "optimizer_cls_and_kwargs beside it"
-            if ours
-            else f"this {kind.__name__} was given optimizer_cls_and_kwargs with {chosen[0].__name__}: leave it out"
         )
+    if chosen is not None:
+        name = getattr(chosen[0], "__name__", chosen[0])
+        raise ValueError(f"this {kind.__name__} was given optimizer_cls_and_kwargs with {name}: leave it out")
     if trainer.optimizer is not None:
         raise ValueError(
             f"this {kind.__name__} has an optimizer already ({type(trainer.optimizer).__name__}): attach before "
