@@ -161,14 +161,22 @@ def list_targets(model: nn.Module, config: LowRankConfig) -> Targets:
     return Targets(targets, narrow)
 
 
+def module_of(matrix: str) -> str:
+    """What a pattern has to match to name a matrix: the module, or the parameter where a module has several.
+
+    Args:
+        matrix: name of the parameter, or of one of several stacked matrices, ``name[e]``.
+    """
+    return re.sub(r"(\.weight)?(\[\d+\])?$", "", matrix)
+
+
 def advise_naming(matrices: Sequence[str]) -> str:
     """What to set so that matrices are projected which are not: a checkpoint has states of them.
 
     Args:
         matrices: names of their parameters, or those of stacked matrices, ``name[e]``.
     """
-    modules = [re.sub(r"(\.weight)?(\[\d+\])?$", "", name) for name in matrices]
-    patterns = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "[0-9]+", module) for module in modules))
+    patterns = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "[0-9]+", module_of(name)) for name in matrices))
     return (
         "use the same optim_target_modules. all-linear leaves out heads and what is not larger than the rank: name "
         f"what was projected, optim_target_modules = {json.dumps([AUTOMATIC, *patterns])}"

@@ -43,6 +43,7 @@ from transformers.modeling_utils import set_zero3_state
 import ds_lowrank
 from ds_lowrank.integrations.full_disk import say_last
 from ds_lowrank.integrations.transformers import check_layerwise
+from ds_lowrank.keeping import keep_projected
 from ds_lowrank.layouts import whole_shape
 from ds_lowrank.targets import find_targets
 
@@ -104,6 +105,7 @@ def set_up(argv: list[str]) -> tuple[PretrainTrainer, ds_lowrank.LowRankConfig]:
     compare_data(before, record, args)
     data.train = _whole_steps(data.train, args)
     model = build_model(model_args, data_args, data.tokenizer, args.seed)
+    config = keep_projected(config, model, args.resume_from_checkpoint)
     projected = [target.name for target in find_targets(model, config).projected]
     if args.optimizer == "frozen":
         freeze(model, projected)

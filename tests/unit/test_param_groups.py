@@ -10,6 +10,7 @@ from torch import nn
 
 import ds_lowrank
 from ds_lowrank import LowRankConfig, param_groups, projected_names
+from ds_lowrank.keeping import keep_projected
 from ds_lowrank.param_groups import count_groups
 from ds_lowrank.targets import advise_naming, find_targets
 
@@ -314,6 +315,16 @@ def test_a_checkpoint_in_which_they_were_projected_says_how_to_go_on(tmp_path):
     with pytest.warns(UserWarning, match="clamped"):
         optimizer = ds_lowrank.build_optimizer(other, named)
     assert ds_lowrank.load_checkpoint(tmp_path, other, optimizer).fresh == 0
+    before = LowRankConfig(rank=4)
+    kept = keep_projected(before, other, tmp_path)
+    with pytest.warns(UserWarning, match="clamped"):
+        optimizer = ds_lowrank.build_optimizer(other, kept)
+    assert [group.get("rank") for group in optimizer.param_groups] == [g.get("rank") for g in saved["param_groups"]]
+    assert ds_lowrank.load_checkpoint(tmp_path, other, optimizer).fresh == 0
+    assert keep_projected(before, other, None) is before
+    assert keep_projected(before, other, tmp_path / "missing") is before
+    assert keep_projected(kept, other, tmp_path) is kept
+    assert keep_projected(before.replace(optim_target_modules="gate"), other, tmp_path).optim_target_modules == "gate"
 
 
 def test_the_advice_names_just_what_was_projected():
