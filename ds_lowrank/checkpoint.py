@@ -158,17 +158,18 @@ def _states_fault(source: Source, optimizer: LowRankAdamW) -> str | None:
         if saved.formats.names != formats.names:
             return f"{plan.name} {plan.shape} {formats.differ(*saved.formats.names)}"
     projected = {plan.parameter for plan in plans}
-    kept = source.full_rank()
-    for member in [m for m in optimizer.members if m.name not in projected and m.name in kept]:
-        if source.counter(member.name) is None:
-            continue
+    moments = source.full_rank()
+    for member in [m for m in optimizer.members if m.name in moments and m.name not in projected]:
+        steps = source.counter(member.name)
+        if steps is None:
+            continue  # another optimizer's: nothing is taken
         # Where no matrix has a state, the others may still have codes, which are not made numbers again.
         if formats.state_dtype != "int8" and source.moment_dtype(member.name) == torch.uint8:
             return f"{member.name} has 8-bit moments there: use state_dtype 'int8'"
-        if kept[member.name] != member.shape:
-            return f"AdamW's moments of {member.name} are {kept[member.name]} in it and {member.shape} in this model"
-        if count_of(source.counter(member.name)) is None:
-            return f"AdamW's steps of {member.name} {member.shape} are {source.counter(member.name)}, no whole number"
+        if moments[member.name] != member.shape:
+            return f"AdamW's moments of {member.name} are {moments[member.name]} in it and {member.shape} in this model"
+        if count_of(steps) is None:
+            return f"AdamW's steps of {member.name} {member.shape} are {steps}, no whole number"
     return None
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import ds_lowrank
 from ds_lowrank import LowRankAdamW
 from ds_lowrank.optimizer import STATE_KEY
 
@@ -161,6 +162,27 @@ def test_an_entry_that_is_no_mapping_is_refused_by_name():
         optimizer, params = build()
         with pytest.raises(ValueError, match=text):
             _load_and_train(optimizer, params, {**state, "state": {**state["state"], index: 7}})
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda emb: emb.update({key: torch.zeros(9, 4) for key in ("exp_avg", "exp_avg_sq")}),
+            r"AdamW's moments of emb are \(9, 4\) in it and \(6, 4\) in this model",
+        ),
+        (lambda emb: emb.update(step=torch.tensor(float("nan"))), r"AdamW's steps of emb \(6, 4\) are nan"),
+    ],
+)
+def test_a_checkpoint_with_moments_that_do_not_fit_is_refused(change, text, tmp_path):
+    state = saved()
+    change(state["state"][1])
+    optimizer, params = build()
+    torch.save(state, tmp_path / "optimizer.pt")
+    model = nn.ParameterDict(dict(zip(("w", "emb", "bias"), params)))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=text):
+        ds_lowrank.load_checkpoint(tmp_path, model, optimizer)
 
 
 def _load_and_train(optimizer, params, state) -> None:
