@@ -109,7 +109,7 @@ def test_a_state_that_does_not_fit_together_is_refused(tmp_path, index, key, val
 @pytest.mark.parametrize("optimizer_type", [torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Adagrad])
 def test_another_optimizers_states_stay_what_they_were_fresh(tmp_path, optimizer_type):
     before = model_of()
-    other = optimizer_type(before.parameters())
+    other = optimizer_type(before.named_parameters())
     before(torch.randn(8, 10)).square().sum().backward()
     other.step()
     save_file(before.state_dict(), tmp_path / "model.safetensors")
