@@ -6,32 +6,22 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_lowrank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.adopt import adopt_states, own_entries, take_entries
+from ds_lowrank.assembly import assemble, register_group
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
-from ds_lowrank.full_rank import FullRank, WideFullRank, keep_dtypes, weight_rounding
-from ds_lowrank.gradients import GradientCheck
+from ds_lowrank.full_rank import FullRank, keep_dtypes
 from ds_lowrank.layerwise import Layerwise
-from ds_lowrank.layouts import (
-    Layout,
-    LayoutError,
-    Member,
-    ParameterLayout,
-    check_excluded,
-    find_layout,
-    whole_shape,
-)
-from ds_lowrank.parameter_states import ParameterStates
+from ds_lowrank.layouts import Layout, LayoutError, Member, check_excluded
 from ds_lowrank.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, STATE_KEY, describe_pieces
-from ds_lowrank.plan import MatrixPlan, make_plan
-from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats, gram_dtype_on
-from ds_lowrank.specs import LOWRANK_KEYS, MatrixSpec, check_dtypes, make_specs
+from ds_lowrank.plan import MatrixPlan
+from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats
+from ds_lowrank.specs import MatrixSpec
 from ds_lowrank.states.formats import Formats
 from ds_lowrank.step import LowRankStep
 
@@ -173,22 +163,11 @@ class LowRankAdamW(torch.optim.Optimizer):
             self._register(len(self.param_groups) - 1, param_group)
 
     def _register(self, index: int, group: dict[str, Any]) -> None:
-        names = group.get("param_names") or [f"group{index}.{k}" for k in range(len(group["params"]))]
-        check_adamw(group["lr"], group["betas"], group["eps"], group["weight_decay"], where=f"group {index}: ")
-        taken = {m.name for m in self._members}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, parameter in zip(names, group["params"]):
-            if name in taken or name in shapes:
-                raise ValueError(f"group {index}: the parameter name {name!r} is taken already: names must be unique")
-            shapes[name] = whole_shape(parameter)
-            self._members.append(Member(name, parameter, shapes[name], index))
         self.narrow += group.pop("narrow", [])  # not a part of checkpoints, as what stays in a group is
-        if group.get("rank") is not None:
-            group.setdefault("scale", self.config.scale)
-            check_dtypes(index, names, group["params"])
-            self._specs += make_specs(index, group, shapes, self.config)
-        kept = ("name", "param_names", *LOWRANK_KEYS)
-        self._group_options.append({key: group[key] for key in kept if key in group})
+        members, specs, options = register_group(index, group, self._members, self.config)
+        self._members += members
+        self._specs += specs
+        self._group_options.append(options)
 
     # -- layout and state -----------------------------------------------------------------------------------------
 
@@ -302,45 +281,18 @@ class LowRankAdamW(torch.optim.Optimizer):
                 "ds_lowrank.param_groups(model), or the optimizer with ds_lowrank.build_optimizer(model)",
                 stacklevel=4,
             )
-        layout, members = find_layout(self._members, self._all_groups)
-        comm = Comm(layout.ranks)
-        config = self.config
-        scales = [options.get("scale") for options in self._group_options]
-        self._plans = make_plan(
-            self._specs,
-            layout,
-            comm,
-            stagger=config.stagger,
-            wave_size=config.wave_size,
-            shard_projection=config.shard_projection,
-            options=repr((config, scales)),
-        )
-        for plan in self._plans:
-            self.formats.check(plan.weight_dtype, plan.name)
-        gram_dtype = gram_dtype_on(config.gram_dtype, layout.ranks.device)
-        self._refresher = Refresher(comm, config.selection, config.moments, config.seed, gram_dtype, self.formats)
-        seed = config.seed if config.stochastic_rounding else None
-        rounding = weight_rounding(layout, {m.name: m.shape for m in members}, seed)
-        projected = {plan.parameter for plan in self._plans}
-        rest = [m for m in members if m.name not in projected]
-        if config.state_dtype == "int8":
-            self.full_rank = EightBitFullRank(layout, comm, rest, rounding)
-        else:
-            self.full_rank = WideFullRank(layout, comm, rest, config.state_dtype, rounding)
-        self._stepper = LowRankStep(layout, comm, self._refresher, self.formats, seed)
-        rank = layout.ranks.rank
+        found = assemble(self._members, self._specs, self._all_groups, self._group_options, self.config, self.formats)
+        self._members, self._plans, self._comm = found.members, found.plans, found.comm
+        self._stepper, self._refresher, self.full_rank = found.stepper, found.refresher, found.full_rank
+        self._gradients = found.gradients
+        if found.states is not None:
+            self._parameter_states = found.states
+        rank = found.layout.ranks.rank
         self._stateful = [p for p in self._plans if p.shared or p.shares[rank] is not None]
-        if layout.by_parameter:
-            self._parameter_states = ParameterStates(
-                cast(ParameterLayout, layout), comm, self._plans, self._stepper.new_state, self.formats
-            )
-        self._members = members
-        self._group_of = {m.name: m.group for m in members}
-        self._comm = comm
-        self._layout = layout
-        self._gradients = GradientCheck(layout, comm, config.layerwise)
-        if config.layerwise:
-            self._layerwise = self._step_in_backward(layout, self._stepper)
+        self._group_of = {m.name: m.group for m in self._members}
+        self._layout = found.layout
+        if self.config.layerwise:
+            self._layerwise = self._step_in_backward(found.layout, found.stepper)
 
     def _step_in_backward(self, layout: Layout, stepper: LowRankStep) -> Layerwise:
         if not layout.steps_alone:

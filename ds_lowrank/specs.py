@@ -116,7 +116,7 @@ def _specs_of(
         raise ValueError(f"rank {rank} is larger than both sides of {name} {(m, n)}: use at most {min(m, n)}")
     if rank > min(m, n):
         warnings.warn(
-            f"rank {rank} is larger than the shorter side of {name} {(m, n)}: clamped to {min(m, n)}", stacklevel=6
+            f"rank {rank} is larger than the shorter side of {name} {(m, n)}: clamped to {min(m, n)}", stacklevel=7
         )
     return [
         MatrixSpec(

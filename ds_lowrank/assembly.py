@@ -1,0 +1,140 @@
+"""From parameter groups to all that steps them: what was asked for, and, once the layout is known, who does what.
+
+Made at the first step, and again when parameter groups have been added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from ds_lowrank.adamw8bit_states import EightBitFullRank
+from ds_lowrank.comm import Comm
+from ds_lowrank.config import LowRankConfig, check_adamw
+from ds_lowrank.full_rank import FullRank, WideFullRank, weight_rounding
+from ds_lowrank.gradients import GradientCheck
+from ds_lowrank.layouts import Layout, Member, ParameterLayout, find_layout, whole_shape
+from ds_lowrank.parameter_states import ParameterStates
+from ds_lowrank.plan import MatrixPlan, make_plan
+from ds_lowrank.refresh import Refresher, gram_dtype_on
+from ds_lowrank.specs import LOWRANK_KEYS, MatrixSpec, check_dtypes, make_specs
+from ds_lowrank.states.formats import Formats
+from ds_lowrank.step import LowRankStep
+
+
+def register_group(
+    index: int, group: dict[str, Any], taken: Sequence[Member], config: LowRankConfig
+) -> tuple[list[Member], list[MatrixSpec], dict[str, Any]]:
+    """What a parameter group holds and asks for.
+
+    Args:
+        index: of the group.
+        group: as the user gave it; a low-rank one gets its ``scale``.
+        taken: members of the groups before it.
+        config: the optimizer's own options.
+
+    Returns:
+        Its members, the matrices that it projects, and those of its options that no load may change.
+
+    Raises:
+        ValueError: an option is unknown or out of range, a low-rank parameter is no matrix, or a name is taken.
+    """
+    names = group.get("param_names") or [f"group{index}.{k}" for k in range(len(group["params"]))]
+    check_adamw(group["lr"], group["betas"], group["eps"], group["weight_decay"], where=f"group {index}: ")
+    before = {m.name for m in taken}
+    shapes: dict[str, tuple[int, ...]] = {}
+    members = []
+    for name, parameter in zip(names, group["params"]):
+        if name in before or name in shapes:
+            raise ValueError(f"group {index}: the parameter name {name!r} is taken already: names must be unique")
+        shapes[name] = whole_shape(parameter)
+        members.append(Member(name, parameter, shapes[name], index))
+    specs = []
+    if group.get("rank") is not None:
+        group.setdefault("scale", config.scale)
+        check_dtypes(index, names, group["params"])
+        specs = make_specs(index, group, shapes, config)
+    kept = ("name", "param_names", *LOWRANK_KEYS)
+    return members, specs, {key: group[key] for key in kept if key in group}
+
+
+@dataclass
+class Assembly:
+    """All that knows the layout.
+
+    Attributes:
+        layout: how the parameters lie.
+        members: with the parameters that are in the groups now.
+        comm: the collectives.
+        plans: of all projected matrices, in the model's parameter order.
+        refresher, stepper: of these.
+        full_rank: the parameters that are not projected.
+        states: saves and loads by parameter, where groups hold the model's own.
+        gradients: the look at the first ones.
+    """
+
+    layout: Layout
+    members: list[Member]
+    comm: Comm
+    plans: list[MatrixPlan]
+    refresher: Refresher
+    stepper: LowRankStep
+    full_rank: FullRank
+    states: ParameterStates | None
+    gradients: GradientCheck
+
+
+def assemble(
+    members: Sequence[Member],
+    specs: Sequence[MatrixSpec],
+    groups: Sequence[dict[str, Any]],
+    group_options: Sequence[Mapping[str, Any]],
+    config: LowRankConfig,
+    formats: Formats,
+) -> Assembly:
+    """Find the layout, verify it and plan every matrix. Collective.
+
+    Args:
+        members: the parameters that the optimizer was given, group by group.
+        specs: its matrices, in the model's parameter order.
+        groups: all its parameter groups as they are now.
+        group_options: of every group, see :func:`register_group`.
+        config: the optimizer's own options.
+        formats: how moments and bases are kept.
+
+    Raises:
+        ds_lowrank.LayoutError: on all ranks, when the sharding is not supported or not what it seems.
+        ValueError: the formats do not suit the weights.
+    """
+    layout, members = find_layout(members, groups)
+    comm = Comm(layout.ranks)
+    scales = [options.get("scale") for options in group_options]
+    plans = make_plan(
+        specs,
+        layout,
+        comm,
+        stagger=config.stagger,
+        wave_size=config.wave_size,
+        shard_projection=config.shard_projection,
+        options=repr((config, scales)),
+    )
+    for plan in plans:
+        formats.check(plan.weight_dtype, plan.name)
+    gram_dtype = gram_dtype_on(config.gram_dtype, layout.ranks.device)
+    refresher = Refresher(comm, config.selection, config.moments, config.seed, gram_dtype, formats)
+    seed = config.seed if config.stochastic_rounding else None
+    rounding = weight_rounding(layout, {m.name: m.shape for m in members}, seed)
+    projected = {plan.parameter for plan in plans}
+    rest = [m for m in members if m.name not in projected]
+    full_rank: FullRank
+    if config.state_dtype == "int8":
+        full_rank = EightBitFullRank(layout, comm, rest, rounding)
+    else:
+        full_rank = WideFullRank(layout, comm, rest, config.state_dtype, rounding)
+    stepper = LowRankStep(layout, comm, refresher, formats, seed)
+    states = None
+    if layout.by_parameter:
+        states = ParameterStates(cast(ParameterLayout, layout), comm, plans, stepper.new_state, formats)
+    gradients = GradientCheck(layout, comm, config.layerwise)
+    return Assembly(layout, members, comm, plans, refresher, stepper, full_rank, states, gradients)
