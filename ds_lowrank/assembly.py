@@ -5,22 +5,27 @@ Made at the first step, and again when parameter groups have been added.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+
+import torch
+from torch import Tensor
 
 from ds_lowrank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.full_rank import FullRank, WideFullRank, weight_rounding
 from ds_lowrank.gradients import GradientCheck
-from ds_lowrank.layouts import Layout, Member, ParameterLayout, find_layout, whole_shape
+from ds_lowrank.layerwise import Layerwise
+from ds_lowrank.layouts import Layout, LayoutError, Member, ParameterLayout, check_excluded, find_layout, whole_shape
 from ds_lowrank.parameter_states import ParameterStates
 from ds_lowrank.plan import MatrixPlan, make_plan
-from ds_lowrank.refresh import Refresher, gram_dtype_on
+from ds_lowrank.refresh import MatrixState, Refresher, gram_dtype_on, tensor_of
 from ds_lowrank.specs import LOWRANK_KEYS, MatrixSpec, check_dtypes, make_specs
 from ds_lowrank.states.formats import Formats
-from ds_lowrank.step import LowRankStep
+from ds_lowrank.step import Groups, LowRankStep
 
 
 def register_group(
@@ -66,6 +71,7 @@ class Assembly:
     Attributes:
         layout: how the parameters lie.
         members: with the parameters that are in the groups now.
+        left_out: members that the framework does not train.
         comm: the collectives.
         plans: of all projected matrices, in the model's parameter order.
         refresher, stepper: of these.
@@ -76,6 +82,7 @@ class Assembly:
 
     layout: Layout
     members: list[Member]
+    left_out: list[Member]
     comm: Comm
     plans: list[MatrixPlan]
     refresher: Refresher
@@ -107,7 +114,15 @@ def assemble(
         ds_lowrank.LayoutError: on all ranks, when the sharding is not supported or not what it seems.
         ValueError: the formats do not suit the weights.
     """
-    layout, members = find_layout(members, groups)
+    if not specs:
+        warnings.warn(
+            "nothing is projected: no parameter group sets a rank. Make the groups with "
+            "ds_lowrank.param_groups(model), or the optimizer with ds_lowrank.build_optimizer(model)",
+            stacklevel=5,
+        )
+    layout, kept = find_layout(members, groups)
+    names = {m.name for m in kept}
+    left_out = [m for m in members if m.name not in names]
     comm = Comm(layout.ranks)
     scales = [options.get("scale") for options in group_options]
     plans = make_plan(
@@ -118,15 +133,16 @@ def assemble(
         wave_size=config.wave_size,
         shard_projection=config.shard_projection,
         options=repr((config, scales)),
+        left_out=[m.name for m in left_out],
     )
     for plan in plans:
         formats.check(plan.weight_dtype, plan.name)
     gram_dtype = gram_dtype_on(config.gram_dtype, layout.ranks.device)
     refresher = Refresher(comm, config.selection, config.moments, config.seed, gram_dtype, formats)
     seed = config.seed if config.stochastic_rounding else None
-    rounding = weight_rounding(layout, {m.name: m.shape for m in members}, seed)
+    rounding = weight_rounding(layout, {m.name: m.shape for m in kept}, seed)
     projected = {plan.parameter for plan in plans}
-    rest = [m for m in members if m.name not in projected]
+    rest = [m for m in kept if m.name not in projected]
     full_rank: FullRank
     if config.state_dtype == "int8":
         full_rank = EightBitFullRank(layout, comm, rest, rounding)
@@ -137,4 +153,84 @@ def assemble(
     if layout.by_parameter:
         states = ParameterStates(cast(ParameterLayout, layout), comm, plans, stepper.new_state, formats)
     gradients = GradientCheck(layout, comm, config.layerwise)
-    return Assembly(layout, members, comm, plans, refresher, stepper, full_rank, states, gradients)
+    return Assembly(layout, kept, left_out, comm, plans, refresher, stepper, full_rank, states, gradients)
+
+
+def move_histories(
+    before: Sequence[MatrixPlan], plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState], comm: Comm
+) -> None:
+    """Give the overlaps of matrices to their new owners: those are dealt among all matrices. Collective.
+
+    Args:
+        before: the plans until now; none at first.
+        plans: the plans from now on, of more matrices.
+        states: of this rank.
+        comm: the collectives.
+    """
+    owners = {p.name: p.owner for p in before}
+    moved = {p.name: p.owner for p in plans if owners.get(p.name, p.owner) != p.owner}
+    if not moved:
+        return
+    mine = {n: tensor_of(states[n], "overlaps").tolist() for n in moved if "overlaps" in states.get(n, {})}
+    for name in mine:
+        del states[name]["overlaps"]
+    for told in comm.gather_objects(mine):
+        for name, history in told.items():
+            if moved[name] == comm.ranks.rank:
+                states[name]["overlaps"] = torch.tensor(history)
+
+
+def check_addable(layout: Layout | None, layerwise: Layerwise | None) -> None:
+    """Refuse parameter groups where none can be added.
+
+    Raises:
+        ValueError: DeepSpeed has made its flat buffers, or a backward pass has stepped already.
+    """
+    if layout is not None and not layout.by_parameter:
+        raise ValueError(
+            "parameter groups cannot be added after deepspeed.initialize(), which makes flat buffers of those that "
+            "there are: build the optimizer with all of them, and freeze what is to be trained later"
+        )
+    if layerwise is not None and layerwise.busy:
+        raise ValueError("with layerwise, add a parameter group before the first backward pass of a step")
+
+
+def step_in_backward(
+    found: Assembly,
+    config: LowRankConfig,
+    states: Callable[[], Mapping[str, MatrixState]],
+    groups: Callable[[], Groups],
+    step_full_rank: Callable[[str, Tensor], None],
+) -> Layerwise:
+    """The hooks of ``layerwise``.
+
+    Args:
+        found: the assembly.
+        config: the optimizer's own options.
+        states, groups, step_full_rank: see :class:`ds_lowrank.layerwise.Layerwise`.
+
+    Raises:
+        ds_lowrank.LayoutError: a framework's engine decides when to step, or DDP averages the same gradients.
+    """
+    layout, comm = found.layout, found.comm
+    if not layout.steps_alone:
+        raise LayoutError(f"layerwise is not supported under {layout.kind}: its engine decides when to step")
+    projected = {plan.parameter for plan in found.plans}
+    members = [m for m in found.members if m.name in projected or not layout.dealt]
+
+    def average(gradient: Tensor) -> None:
+        comm.all_reduce(gradient, "gradients").wait().div_(comm.ranks.size)
+
+    if layout.dealt:
+        check_excluded(members)
+    return Layerwise(
+        {m.name: m.parameter for m in members},
+        found.plans,
+        found.stepper,
+        states,
+        groups,
+        step_full_rank,
+        average if layout.dealt else None,
+        config.wave_size,
+        config.accumulation_steps,
+    )

@@ -70,7 +70,7 @@ def load_checkpoint(folder: str | Path | Source, model: nn.Module, optimizer: An
     try:
         source = open_checkpoint(folder) if isinstance(folder, (str, Path)) else folder
         named = named_weights(model)
-        fault = _weights_fault(source, inner, named, strict) or _states_fault(source, inner)
+        fault = _weights_fault(source, inner, named, strict) or _states_fault(source, inner, named)
         if fault is None:
             source.probe(layout.ranks.rank, layout.ranks.size)
     except (ValueError, OSError) as error:
@@ -105,6 +105,14 @@ def load_checkpoint(folder: str | Path | Source, model: nn.Module, optimizer: An
             loaded.fresh,
             len(inner.plans),
         )
+    frozen = _frozen_matrices(source, inner, named)
+    if frozen and layout.ranks.rank == 0:
+        logger.warning(
+            "%s has low-rank states of %d matrices that are frozen here (%s, ...): they are left behind",
+            source.folder,
+            len(frozen),
+            frozen[0],
+        )
     return loaded
 
 
@@ -138,10 +146,11 @@ def _weights_fault(source: Source, optimizer: LowRankAdamW, others: Mapping[str,
     return None
 
 
-def _states_fault(source: Source, optimizer: LowRankAdamW) -> str | None:
+def _states_fault(source: Source, optimizer: LowRankAdamW, named: Mapping[str, Tensor]) -> str | None:
     plans, formats = optimizer.plans, optimizer.formats
     here = {plan.name for plan in plans}
-    foreign = [name for name in source.matrices if name not in here]
+    frozen = _frozen_matrices(source, optimizer, named)
+    foreign = [name for name in source.matrices if name not in here and name not in frozen]
     if foreign:
         return f"it has a low-rank state of {foreign[0]}, which is not projected here: {advise_naming(foreign)}"
     for plan in plans:
@@ -171,6 +180,13 @@ def _states_fault(source: Source, optimizer: LowRankAdamW) -> str | None:
         if count_of(steps) is None:
             return f"AdamW's steps of {member.name} {member.shape} are {steps}, no whole number"
     return None
+
+
+def _frozen_matrices(source: Source, optimizer: LowRankAdamW, named: Mapping[str, Tensor]) -> list[str]:
+    """Matrices with a state in a checkpoint whose parameters are frozen here and in no group: they need none."""
+    members = {m.name for m in optimizer.members}
+    still = {name for name, p in named.items() if not p.requires_grad and name not in members}
+    return [name for name, saved in source.matrices.items() if saved.parameter in still]
 
 
 def _alias(name: str, saved: Container[str], named: Mapping[str, Tensor]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -132,11 +132,7 @@ def step_full_rank(
         rounding: writes bf16 weights; ``None``: they are rounded to nearest.
     """
     params = [p for p in group["params"] if p.grad is not None]
-    ensure_full_rank(params, states, state_dtype)
-    for p in params:
-        states[p]["step"] = states[p]["step"].to(p.device)  # loaders leave it on the CPU
-        for key in MOMENTS:  # a checkpoint may have them in another dtype
-            states[p][key] = states[p][key].to(moment_dtype(state_dtype, p.dtype))
+    _make_ready(params, states, state_dtype)
     apart = {p for p in params if states[p]["exp_avg"].dtype != p.dtype or (rounding and p.dtype == torch.bfloat16)}
     alike = [p for p in params if p not in apart]
     if alike:
@@ -144,6 +140,14 @@ def step_full_rank(
     for p in params:
         if p in apart:
             _step_in_parts(group, p, states[p], rounding)
+
+
+def _make_ready(params: Sequence[Tensor], states: MutableMapping[Any, Any], state_dtype: str) -> None:
+    ensure_full_rank(params, states, state_dtype)
+    for p in params:
+        states[p]["step"] = states[p]["step"].to(p.device)  # loaders leave it on the CPU
+        for key in MOMENTS:  # a checkpoint may have them in another dtype
+            states[p][key] = states[p][key].to(moment_dtype(state_dtype, p.dtype))
 
 
 class FullRank(Protocol):
@@ -197,7 +201,25 @@ class WideFullRank:
     def step(  # noqa: D102
         self, names: Sequence[str], group: Mapping[str, Any], states: MutableMapping[Any, Any]
     ) -> None:
+        moving = set(names)
+        still = [n for tensor in group["params"] for n in self._layout.names_in(tensor) if n not in moving]
+        if still and self._layout.by_parameter:
+            group = {**group, "params": [p for p in group["params"] if self._layout.names_in(p)[0] in moving]}
+        _make_ready([p for p in group["params"] if p.grad is not None], states, self._state_dtype)
+        kept = [(view, view.clone()) for view in self._views(still, states)]
         step_full_rank(group, states, self._state_dtype, self._rounding)
+        for view, before in kept:
+            view.copy_(before)
+
+    def _views(self, names: Sequence[str], states: Mapping[Any, Any]) -> Iterator[Tensor]:
+        """Weights and moments on this rank of parameters that do not move while others in their flat buffer do."""
+        for name in names if not self._layout.by_parameter else ():
+            if name in self._layout.pieces:
+                weights = self._layout.weight(name)
+                tensor, offset = self._layout.place(name)
+                yield weights
+                if tensor.grad is not None:
+                    yield from (states[tensor][key].view(-1).narrow(0, offset, weights.numel()) for key in MOMENTS)
 
     def collect(self, states: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:  # noqa: D102
         return {}

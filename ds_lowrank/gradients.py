@@ -26,8 +26,12 @@ class GradientCheck:
 
     def __init__(self, layout: Layout, comm: Comm, layerwise: bool):
         self._layout, self._comm, self._layerwise = layout, comm, layerwise
-        self._done = not layout.steps_alone
-        self._warned = False
+        self._seen = self._warned = False
+        self.again()
+
+    def again(self) -> None:
+        """Look at the gradients of the next step, too: there are parameters that had none before."""
+        self._done = not self._layout.steps_alone
 
     def run(self, members: Sequence[Member]) -> None:
         """At each step; looks at their kind only once gradients were seen. Collective under DDP until then.
@@ -52,17 +56,19 @@ class GradientCheck:
                     raise RuntimeError(fault)
             found = any(there for _, there, _ in everywhere)
             remedy = (
-                "nobody averages them. Wrap the model in DistributedDataParallel; with layerwise, call "
-                "ds_lowrank.describe(optimizer) before the first backward pass"
+                "nobody averages them. Wrap the model in DistributedDataParallel, anew where a parameter was frozen "
+                "when it was wrapped and is trained now; with layerwise, call ds_lowrank.describe(optimizer) before "
+                "the first backward pass"
             )
             check_equal([checksums for *_, checksums in everywhere], "gradients", remedy)
-            if not found and not self._layerwise:
+            if not (found or self._seen or self._layerwise):
                 raise LayoutError(
                     "no parameter of the optimizer has a gradient on any rank: nothing would move. If the model was "
                     "sharded (fully_shard) or replaced after the optimizer was built, build the optimizer after it"
                 )
         self._done = found or self._layerwise
-        if not self._done and not self._warned:
+        self._seen = self._seen or self._done
+        if not (self._seen or self._warned):
             self._warned = True
             logger.warning(
                 "step() was called and no parameter of the optimizer has a gradient: nothing moves. If the model was "

@@ -8,19 +8,22 @@ matrix that is due accumulates its gradient in full for that step, since its nex
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ds_lowrank.gradients import sparse_fault
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState
 from ds_lowrank.step import Groups, LowRankStep
 
-_HOOK = "_ds_lowrank_hook"
+_OWNER = "_ds_lowrank_owner"
+_numbers = itertools.count(1)
 
 
 class Layerwise:
@@ -65,13 +68,18 @@ class Layerwise:
         self._accumulation = accumulation
         self._stepped: set[str] = set()  # parameters that are done with before step()
         self._waiting: dict[str, tuple[Tensor, list[MatrixPlan]]] = {}
+        # A hook outlives its optimizer: only the newest one of a parameter may step it, and none that is gone. The
+        # parameter says which by a number, since a model is pickled with what hangs on its parameters.
+        number, handles = next(_numbers), []
         for name, parameter in parameters.items():
-            # A hook outlives its optimizer: only the newest one of a parameter may step it, and none that is gone.
-            before = getattr(parameter, _HOOK, None)
-            if before is not None:
-                before.remove()
-            hook = partial(_call, weakref.WeakMethod(self._ready), name)
-            setattr(parameter, _HOOK, parameter.register_post_accumulate_grad_hook(hook))
+            setattr(parameter, _OWNER, number)
+            handles.append(_hook(parameter, partial(_call, weakref.WeakMethod(self._ready), name, number)))
+        weakref.finalize(self, _remove, handles).atexit = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a backward pass has used gradients that :meth:`remaining` has not been asked about."""
+        return bool(self._stepped or self._waiting or self._stepper.accumulating)
 
     @property
     def stepped(self) -> set[str]:
@@ -144,7 +152,22 @@ class Layerwise:
             parameter.grad = None
 
 
-def _call(method: weakref.WeakMethod, name: str, parameter: Tensor) -> None:
+def _hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    frozen = not parameter.requires_grad
+    if frozen:  # torch takes no hook then; it stays, for when the parameter is set free
+        parameter.requires_grad_(True)
+    handle = parameter.register_post_accumulate_grad_hook(hook)
+    if frozen:
+        parameter.requires_grad_(False)
+    return handle
+
+
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _call(method: weakref.WeakMethod, name: str, number: int, parameter: Tensor) -> None:
     alive = method()
-    if alive is not None:
+    if alive is not None and getattr(parameter, _OWNER, None) == number:
         alive(name, parameter)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.algorithms.join import Joinable
 
 from ds_lowrank.adopt import adopt_states, own_entries, take_entries
-from ds_lowrank.assembly import assemble, register_group
+from ds_lowrank.assembly import assemble, check_addable, move_histories, register_group, step_in_backward
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.full_rank import FullRank, keep_dtypes
+from ds_lowrank.joining import JoinableOptimizer, check_join, handed_over
 from ds_lowrank.layerwise import Layerwise
-from ds_lowrank.layouts import Layout, LayoutError, Member, check_excluded
+from ds_lowrank.layouts import Layout, Member, check_left_out, ddp_models, in_join
+from ds_lowrank.parameter_states import CONSOLIDATE
 from ds_lowrank.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, STATE_KEY, describe_pieces
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats
@@ -27,11 +30,15 @@ from ds_lowrank.step import LowRankStep
 
 logger = logging.getLogger(__name__)
 
+# What a copy of an optimizer has beside what torch's optimizers have, and the key under which it travels.
+_OWN = ("config", "_members", "_specs", "_group_options", "_to_adopt")
+_COPIED = "ds_lowrank"
+
 # Called by every construction: integrations refuse here what would otherwise go wrong without a word.
 construction_checks: list[Callable[[], None]] = []
 
 
-class LowRankAdamW(torch.optim.Optimizer):
+class LowRankAdamW(JoinableOptimizer):
     r"""AdamW whose moments live in an r-dimensional subspace of each projected matrix's gradient.
 
     Every ``update_proj_gap`` steps a basis B (short × r) is selected from the gradient's singular vectors: drawn with
@@ -83,6 +90,9 @@ class LowRankAdamW(torch.optim.Optimizer):
 
         optimizer = LowRankAdamW(param_groups(model, LowRankConfig(rank=128)), lr=0.01)
     """
+
+    # Whether it is known that states have to be consolidated under DDP; if not, the first step says so.
+    reminded = False
 
     def __init__(
         self,
@@ -138,10 +148,18 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._specs: list[MatrixSpec] = []
         self.narrow: list[str] = []  # matrices that all-linear means and that are not larger than the rank
         self._group_options: list[dict[str, Any]] = []
-        for index, group in enumerate(self.param_groups):
-            self._register(index, group)
-        self._loaded = False
+        for group in self.param_groups:
+            self._register(group)
+        self._forget_layout()
+
+    def _forget_layout(self) -> None:
+        """Begin as a new optimizer does, with the groups, members and states that there are."""
+        Joinable.__init__(self)
+        self._left_out: list[Member] = []  # that the framework does not train
+        self._frozen: set[str] = set()  # names, as of the last step
+        self._loaded = bool(self.state)
         self._layout: Layout | None = None
+        self._outdated = False  # whether groups were added since the layout was found
         self._plans: list[MatrixPlan] = []
         self._stateful: list[MatrixPlan] = []  # of which this rank keeps something
         self._stepper: LowRankStep | None = None
@@ -153,18 +171,30 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._consolidated: dict[str, dict[str, Tensor]] | None = None  # until the next step
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group before the first step. See the class for what a group may hold."""
-        if getattr(self, "_layout", None) is not None:
-            raise ValueError("parameter groups cannot be added after the layout was found (the first step)")
-        super().add_param_group(param_group)
-        if not param_group["params"]:
-            raise ValueError(f"parameter group {len(self.param_groups) - 1} is empty: leave it out")
-        if hasattr(self, "_specs"):
-            self._register(len(self.param_groups) - 1, param_group)
+        """Add a group, between any two steps but under DeepSpeed. See the class for what a group may hold.
 
-    def _register(self, index: int, group: dict[str, Any]) -> None:
+        States go on. The matrices of all groups share one schedule, which is that of an optimizer that was built with
+        all of them in this order.
+
+        Raises:
+            ValueError: the group is not allowed, or DeepSpeed has made its flat buffers; nothing is added then.
+        """
+        check_addable(getattr(self, "_layout", None), getattr(self, "_layerwise", None))
+        super().add_param_group(param_group)
+        try:
+            if not param_group["params"]:
+                raise ValueError(f"parameter group {len(self.param_groups) - 1} is empty: leave it out")
+            if hasattr(self, "_specs"):
+                self._register(param_group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._outdated = True
+        self._complete = self._consolidated = None
+
+    def _register(self, group: dict[str, Any]) -> None:
         self.narrow += group.pop("narrow", [])  # not a part of checkpoints, as what stays in a group is
-        members, specs, options = register_group(index, group, self._members, self.config)
+        members, specs, options = register_group(len(self._group_options), group, self._members, self.config)
         self._members += members
         self._specs += specs
         self._group_options.append(options)
@@ -231,6 +261,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         stats, self._refresher.stats = self._refresher.stats, RefreshStats()
         return stats
 
+    @torch.inference_mode(False)  # which enables gradients; a state made there could not be changed elsewhere
+    @torch.no_grad()
     def ensure_state(self) -> None:
         """Find the layout, verify it and create what state is missing.
 
@@ -239,9 +271,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: a loaded state does not fit, on all ranks.
         """
-        if not hasattr(self, "_specs"):
-            raise TypeError("a copied or unpickled LowRankAdamW has no parameters: build a new one and load its state")
-        if self._layout is None:
+        if self._layout is None or self._outdated:
             self._find_layout()
         states = self.state[STATE_KEY]  # type: ignore[index]
         if states is self._complete:
@@ -275,14 +305,12 @@ class LowRankAdamW(torch.optim.Optimizer):
         self._to_adopt, self._loaded = {}, False  # now: what was refused is refused again
 
     def _find_layout(self) -> None:
-        if not self._specs:
-            warnings.warn(
-                "nothing is projected: no parameter group sets a rank. Make the groups with "
-                "ds_lowrank.param_groups(model), or the optimizer with ds_lowrank.build_optimizer(model)",
-                stacklevel=4,
-            )
         found = assemble(self._members, self._specs, self._all_groups, self._group_options, self.config, self.formats)
+        move_histories(self._plans, found.plans, self.state[STATE_KEY], found.comm)  # type: ignore[index]
         self._members, self._plans, self._comm = found.members, found.plans, found.comm
+        self._left_out = found.left_out
+        found.refresher.stats = self.take_stats()
+        self._ddp_models = ddp_models([m.parameter for m in self._members]) if found.layout.dealt else []
         self._stepper, self._refresher, self.full_rank = found.stepper, found.refresher, found.full_rank
         self._gradients = found.gradients
         if found.states is not None:
@@ -290,39 +318,19 @@ class LowRankAdamW(torch.optim.Optimizer):
         rank = found.layout.ranks.rank
         self._stateful = [p for p in self._plans if p.shared or p.shares[rank] is not None]
         self._group_of = {m.name: m.group for m in self._members}
-        self._layout = found.layout
+        self._layout, self._outdated = found.layout, False
         if self.config.layerwise:
-            self._layerwise = self._step_in_backward(found.layout, found.stepper)
+            self._layerwise = step_in_backward(
+                found, self.config, self._adopted_states, lambda: dict(enumerate(self._all_groups)), self._step_alone
+            )
 
-    def _step_in_backward(self, layout: Layout, stepper: LowRankStep) -> Layerwise:
-        if not layout.steps_alone:
-            raise LayoutError(f"layerwise is not supported under {layout.kind}: its engine decides when to step")
-        projected = {plan.parameter for plan in self._plans}
-        members = [m for m in self._members if m.name in projected or not layout.dealt]
-        average = None
-        if layout.dealt:
-            check_excluded(members)
-            average = self._average
-        return Layerwise(
-            {m.name: m.parameter for m in members},
-            self._plans,
-            stepper,
-            self._adopted_states,
-            lambda: dict(enumerate(self._all_groups)),
-            lambda name, parameter: self.full_rank.step(
-                [name], {**self._all_groups[self._group_of[name]], "params": [parameter]}, self.state
-            ),
-            average,
-            self.config.wave_size,
-            self.config.accumulation_steps,
-        )
+    def _step_alone(self, name: str, parameter: Tensor) -> None:
+        group = {**self._all_groups[self._group_of[name]], "params": [parameter]}
+        self.full_rank.step([name], group, self.state)
 
     def _adopted_states(self) -> dict[str, MatrixState]:
         self.ensure_state()  # a state may have been loaded since
         return self.state[STATE_KEY]  # type: ignore[index]
-
-    def _average(self, gradient: Tensor) -> None:
-        self._comm.all_reduce(gradient, "gradients").wait().div_(self._comm.ranks.size)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -337,8 +345,10 @@ class LowRankAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: under DDP, when the state of this step was not consolidated on this rank.
         """
-        if not hasattr(self, "_specs") or (self._layout is None and not self.state):
+        if self._layout is None and not self.state:
             return super().state_dict()  # accelerate takes it before the model is sharded
+        if self._layout is not None and self._layout.dealt and self._consolidated is None:
+            raise RuntimeError(CONSOLIDATE)
         self.ensure_state()
         assert self._layout is not None
         packed = super().state_dict()
@@ -347,16 +357,8 @@ class LowRankAdamW(torch.optim.Optimizer):
             return packed
         states = packed["state"].pop(STATE_KEY)
         packed["state"].pop(EIGHT_BIT_KEY, None)
-        if self._layout.dealt:
-            if self._consolidated is None:
-                raise RuntimeError(
-                    "under DDP every rank keeps a part of the low-rank states: call optimizer.consolidate_state_dict() "
-                    "on all ranks, then state_dict() on rank 0 (consolidate_state_dict(None): on every rank)"
-                )
-            entries = self._consolidated
-        else:
-            entries = self._parameter_states.collect(states)
-        entries = {**entries, **self.full_rank.collect(self.state)}
+        entries = self._consolidated if self._layout.dealt else self._parameter_states.collect(states)
+        entries = {**(entries or {}), **self.full_rank.collect(self.state)}
         for index, member in enumerate(self._members):
             if member.name in entries:
                 packed["state"][index] = entries[member.name]
@@ -369,6 +371,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         """
         self.ensure_state()
         assert self._layout is not None
+        self.reminded = True
         if self._layout.dealt:
             takers = range(self._layout.ranks.size) if to is None else [to]
             entries = self._parameter_states.collect(self.state[STATE_KEY], takers)  # type: ignore[index]
@@ -379,11 +382,17 @@ class LowRankAdamW(torch.optim.Optimizer):
 
         Args:
             state_dict: of this class, from the same kind of layout (:func:`ds_lowrank.load_checkpoint` takes any).
+
+        Raises:
+            ValueError: other parameter groups, or other parameters in them.
         """
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
         projected = {spec.parameter for spec in self._specs}
         loaded, state_dict = take_entries(state_dict, self._members, projected, self.config.state_dtype == "int8")
-        super().load_state_dict(state_dict)
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError as error:
+            raise ValueError(f"{error}. ds_lowrank.load_checkpoint goes by name, and takes other groups") from error
         self._to_adopt = loaded
         tensors = dict(zip(ids, (p for group in self.param_groups for p in group["params"])))
         keep_dtypes(self.state, state_dict["state"], tensors)
@@ -404,18 +413,42 @@ class LowRankAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step(has_data=True)
+        return loss
+
+    def step_without_data(self) -> None:
+        """The step of a rank that has run out of data. Collective with :meth:`step` of the others."""
+        self._step(has_data=False)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _step(self, has_data: bool) -> None:
         self.ensure_state()
-        assert self._stepper is not None
         assert self._layout is not None
+        check_join(self, self._layout, self._ddp_models)
+        if self._layout.dealt and not self.reminded:
+            self.reminded = True
+            if self._layout.ranks.rank == 0:
+                logger.warning("before every save: %s", CONSOLIDATE)
         self._consolidated = None
-        self._gradients.run(self._members)
+        joined = self._layout.dealt and in_join(self)
+        with handed_over(self._members, self._all_groups, self._comm, has_data) if joined else nullcontext():
+            self._step_members(self._layout)
+
+    def _step_members(self, layout: Layout) -> None:
+        assert self._stepper is not None
+        check_left_out(self._left_out)
         frozen = {m.name for m in self._members if not m.parameter.requires_grad}
+        if self._frozen - frozen:
+            self._gradients.again()
+        self._frozen = frozen
+        self._gradients.run(self._members)
         stepping: set[str] = set()
         groups: dict[int, dict[str, Any]] = {}
         lowrank = {plan.group for plan in self._plans}
         done = frozen | (self._layerwise.stepped if self._layerwise is not None else set())
         for group in self.param_groups:
-            names = [name for tensor in group["params"] for name in self._layout.names_in(tensor)]
+            names = [name for tensor in group["params"] for name in layout.names_in(tensor)]
             index = self._group_of[names[0]] if names else -1
             if index in lowrank:
                 stepping.update(name for name in names if name not in frozen)
@@ -426,26 +459,44 @@ class LowRankAdamW(torch.optim.Optimizer):
         if self._layerwise is not None:
             plans = self._layerwise.remaining(plans)
         self._stepper.run(plans, self.state[STATE_KEY], groups)  # type: ignore[index]
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; with ``layerwise`` also what was accumulated in their place."""
         super().zero_grad(set_to_none)
-        if getattr(self, "_layerwise", None) is not None:
-            self._layerwise.forget()  # type: ignore[union-attr]
+        if self._layerwise is not None:
+            self._layerwise.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has; the layout is found anew at its first step.
+
+        Raises:
+            TypeError: under DeepSpeed, whose flat buffers belong to its engine.
+        """
+        if self._layout is not None and not self._layout.by_parameter:
+            raise TypeError(
+                "under DeepSpeed the optimizer's groups hold flat buffers of the engine and cannot be copied or "
+                "pickled: save with engine.save_checkpoint(), and load it with a new engine"
+            )
+        return {**super().__getstate__(), _COPIED: {name: getattr(self, name) for name in _OWN}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by ``load_state_dict``, which makes new group dicts: go on with those.
+        """Called for a copy, and by ``load_state_dict``, which makes new group dicts: go on with those.
 
-        What this run was configured with (ranks, scale, schedule, names) stays; learning rate, betas, eps and weight
-        decay are the checkpoint's, as torch's optimizers have it.
+        What this run was configured with (ranks, scale, schedule, names) stays at a load; learning rate, betas, eps
+        and weight decay are the checkpoint's, as torch's optimizers have it.
         """
-        super().__setstate__(state)
-        if hasattr(self, "_specs"):
-            self._all_groups = self.param_groups
-            self._loaded = True
-            self._complete = self._consolidated = None
-            if self._layerwise is not None:
-                self._layerwise.forget()
-            for group, options in zip(self.param_groups, self._group_options):
-                group.update(options)
+        super().__setstate__({key: value for key, value in state.items() if key != _COPIED})
+        self.defaults.pop("differentiable", None)  # torch's, for optimizers that have it: groups added later get it
+        self._all_groups = self.param_groups
+        if _COPIED in state:
+            self._forget_layout()
+            self.__dict__.update(state[_COPIED])
+            self.formats = Formats(self.config.state_dtype, self.config.basis_dtype)
+            self._loaded = bool(self.state or self._to_adopt)
+            return
+        self._loaded = True
+        self._complete = self._consolidated = None
+        if self._layerwise is not None:
+            self._layerwise.forget()
+        for group, options in zip(self.param_groups, self._group_options):
+            group.update(options)

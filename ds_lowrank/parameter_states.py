@@ -21,6 +21,10 @@ from ds_lowrank.refresh import HISTORY, MatrixState, tensor_of
 from ds_lowrank.states.formats import Formats, Rows, saved_formats
 from ds_lowrank.states.packing import pack
 
+CONSOLIDATE = (
+    "under DDP every rank keeps a part of the low-rank states: call optimizer.consolidate_state_dict() on all ranks, "
+    "then state_dict() on rank 0 (consolidate_state_dict(None): on every rank)"
+)
 NUMBERS = ("step", "refreshes", "left", "indices", "overlaps")
 
 # For each rank the rows [start, stop) that it has.

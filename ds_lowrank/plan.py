@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -162,6 +162,7 @@ def make_plan(
     wave_size: int,
     shard_projection: bool,
     options: str,
+    left_out: Collection[str] = (),
 ) -> list[MatrixPlan]:
     """Plan every projected matrix. Collective.
 
@@ -172,16 +173,17 @@ def make_plan(
         stagger, wave_size: see :func:`ds_lowrank.subspace.schedule.phases`.
         shard_projection: whether ranks that share a matrix keep a part of its basis each, or all of it.
         options: every other option that the ranks have to agree on.
+        left_out: parameters that the framework does not train, and that have a place in the schedule all the same.
 
     Returns:
-        The plans, in the order of ``specs``.
+        The plans, in the order of ``specs``, but for what is left out.
 
     Raises:
         LayoutError: on all ranks alike, when the weights are not where the layout says, the pieces do not cover a
             matrix once, or the ranks disagree about the model or the options.
     """
     fingerprint = hashlib.sha256(
-        repr((list(specs), stagger, wave_size, shard_projection, options)).encode()
+        repr((list(specs), stagger, wave_size, shard_projection, options, sorted(left_out))).encode()
     ).hexdigest()
     answers = comm.gather_objects((layout.mismatch(), fingerprint, dict(layout.pieces), layout.checksums("weights")))
     for rank, (mismatch, *_) in enumerate(answers):
@@ -205,6 +207,7 @@ def make_plan(
         stagger=stagger,
         wave_size=wave_size,
         shard_projection=shard_projection,
+        left_out=left_out,
     )
 
 
@@ -220,6 +223,7 @@ def plan_matrices(
     stagger: bool,
     wave_size: int,
     shard_projection: bool,
+    left_out: Collection[str] = (),
 ) -> list[MatrixPlan]:
     """Plan every projected matrix from what each rank holds: the same numbers in a run and ahead of one.
 
@@ -229,7 +233,7 @@ def plan_matrices(
         copy: for each rank, which copy of the model it is in.
         dealt: every rank holds everything.
         dtype, gradient_dtype, unit: of a parameter, see :class:`ds_lowrank.layouts.Layout`.
-        stagger, wave_size, shard_projection: see :func:`make_plan`.
+        stagger, wave_size, shard_projection, left_out: see :func:`make_plan`.
 
     Raises:
         LayoutError: the pieces do not cover a matrix once and in order.
@@ -239,6 +243,8 @@ def plan_matrices(
     # On many ranks most of the work is in matrices that are cut as another one was.
     known: dict[Any, tuple[tuple[Part | None, ...], tuple[Share | None, ...], Slices]] = {}
     for spec, (phase, wave) in zip(specs, schedule):
+        if spec.parameter in left_out:
+            continue
         side = projected_side(spec.shape, spec.proj_type)
         short = spec.shape[1] if side == "right" else spec.shape[0]
         held = tuple(p.get(spec.parameter) for p in pieces)

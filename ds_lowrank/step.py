@@ -151,6 +151,11 @@ class LowRankStep:
             before = self._projected.get(plan.name)
             self._projected[plan.name] = product if before is None or product is None else before.add_(product)
 
+    @property
+    def accumulating(self) -> bool:
+        """Whether there are accumulated projections."""
+        return bool(self._projected)
+
     def forget(self) -> None:
         """Drop accumulated projections."""
         self._projected.clear()

@@ -12,6 +12,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,6 +84,8 @@ class CheckpointCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):  # noqa: D102
         _check_course(args, state)
+        with suppress(ValueError):  # another optimizer
+            unwrap(kwargs.get("optimizer")).reminded = True  # states are consolidated here
         self.preempted, self.saved = None, None
         self._prepared_step = self._saved_step = -1
         if self._taken is None:  # otherwise an exception ended the training before

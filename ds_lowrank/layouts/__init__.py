@@ -19,9 +19,17 @@ from ds_lowrank.layouts.base import (
     is_dtensor,
     local_tensors,
 )
-from ds_lowrank.layouts.ddp import ReplicatedLayout, check_excluded, ignore_in_ddp
-from ds_lowrank.layouts.zero import BF16_MASTER, ZeroLayout, is_zero12
-from ds_lowrank.layouts.zero3 import Zero3Layout, check_partitioned, is_zero3, write_partition
+from ds_lowrank.layouts.ddp import (
+    ReplicatedLayout,
+    check_excluded,
+    ddp_models,
+    ignore_in_ddp,
+    in_join,
+    joins_first,
+    steps_now,
+)
+from ds_lowrank.layouts.zero import BF16_MASTER, ZeroLayout, check_left_out, in_flat_buffers, is_zero12
+from ds_lowrank.layouts.zero3 import Zero3Layout, check_partitioned, in_sub_groups, is_zero3, write_partition
 
 __all__ = [
     "BF16_MASTER",
@@ -34,10 +42,15 @@ __all__ = [
     "Ranks",
     "bare_model",
     "check_excluded",
+    "check_left_out",
+    "ddp_models",
     "find_layout",
     "ignore_in_ddp",
+    "in_join",
     "is_dtensor",
+    "joins_first",
     "local_tensors",
+    "steps_now",
     "whole_shape",
     "write_parameter",
 ]
@@ -84,7 +97,8 @@ def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> tuple[Lay
         groups: all its parameter groups as they are now.
 
     Returns:
-        The layout, and the members with the parameters that are in the groups now.
+        The layout, and the members with the parameters that are in the groups now; under DeepSpeed without those that
+        were frozen in ``initialize``, which it leaves out of its flat buffers.
 
     Raises:
         LayoutError: the sharding is not supported; the text says what is.
@@ -97,14 +111,13 @@ def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> tuple[Lay
         swapped = [dataclasses.replace(m, held=p) for m, (_, p) in zip(members, held)]
         if all(whole_shape(m.parameter) == m.shape for m in swapped):
             members, replaced = swapped, False
-    for m in members:
-        if not m.parameter.requires_grad:
-            raise LayoutError(f"{m.name} {m.shape} was frozen after the optimizer was built: build it after freezing")
     if is_zero3(members):
-        return Zero3Layout(members), list(members)
+        members = _without_left_out(members, in_sub_groups(members))
+        return Zero3Layout(members), members
     check_partitioned(members)
     if replaced and is_zero12(members):
-        return ZeroLayout(members, groups), list(members)
+        members = _without_left_out(members, in_flat_buffers)
+        return ZeroLayout(members, groups), members
     if any(type(p).__name__ == "FlatParameter" for p in [m.parameter for m in members] + [p for _, p in held]):
         raise LayoutError(
             "FSDP1 flattens parameters across matrices and is not supported: use FSDP2 (fully_shard; in the HF Trainer "
@@ -120,3 +133,8 @@ def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> tuple[Lay
 
         return Fsdp2Layout(members), list(members)
     return ReplicatedLayout(members), list(members)
+
+
+def _without_left_out(members: Sequence[Member], known: Callable[[Member], bool]) -> list[Member]:
+    check_left_out([m for m in members if not known(m)])
+    return [m for m in members if known(m)]

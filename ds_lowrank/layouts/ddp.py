@@ -6,11 +6,13 @@ same ones. Both are checked once: the weights when the layout is found, the grad
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_lowrank.layouts.base import LayoutError, Member, Piece, Ranks, Tensors, checksum, same_device
@@ -85,6 +87,31 @@ class ReplicatedLayout:
             return None
         values = {n: m.parameter.data if what == "weights" else m.parameter.grad for n, m in self._members.items()}
         return {(n, None): None if t is None else checksum(t.contiguous()) for n, t in values.items()}
+
+
+def ddp_models(parameters: Sequence[Tensor]) -> list[DistributedDataParallel]:
+    """The models in DistributedDataParallel that hold some of these parameters; for set-up only, it looks everywhere.
+
+    Nothing leads from a parameter to the model that averages its gradient.
+    """
+    own = {id(p) for p in parameters}
+    models = [found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)]
+    return [m for m in models if "module" in m._modules and any(id(p) in own for p in m.module.parameters())]
+
+
+def in_join(joinable: Joinable) -> bool:
+    """Whether a model or an optimizer was given to a ``Join`` that is enabled."""
+    return joinable._join_config.enable
+
+
+def joins_first(joinable: Joinable) -> bool:
+    """Whether it was the first that was given to it."""
+    return joinable._join_config.is_first_joinable
+
+
+def steps_now(models: Sequence[DistributedDataParallel]) -> bool:
+    """On a rank without data, after DistributedDataParallel's hook: whether the others average gradients and step."""
+    return all(model.require_forward_param_sync for model in models)
 
 
 def ignore_in_ddp(model: nn.Module, parameters: Sequence[Tensor]) -> None:

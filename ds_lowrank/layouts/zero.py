@@ -26,6 +26,29 @@ def is_zero12(members: Sequence[Member]) -> bool:
     return any(hasattr(m.parameter, "_hp_mapping") for m in members)
 
 
+def in_flat_buffers(member: Member) -> bool:
+    """Whether DeepSpeed has put a parameter into a flat buffer, on whatever rank."""
+    return hasattr(member.parameter, "_hp_mapping")
+
+
+def check_left_out(members: Sequence[Member]) -> None:
+    """Refuse to train parameters that DeepSpeed does not train.
+
+    Args:
+        members: those that it left out of its flat buffers.
+
+    Raises:
+        LayoutError: naming the first that is not frozen.
+    """
+    for m in members:
+        if m.parameter.requires_grad:
+            raise LayoutError(
+                f"{m.name} {m.shape} was frozen, or not there, in deepspeed.initialize(), which makes flat buffers of "
+                "what is trainable then: DeepSpeed cannot train it in this run. Call initialize() while everything is "
+                "trainable that ever will be, and freeze afterwards; or save, and start anew with it set free"
+            )
+
+
 class ZeroLayout:
     """Pieces of parameters in the flat partitions of DeepSpeed's stages 1 and 2."""
 

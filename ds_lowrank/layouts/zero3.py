@@ -24,6 +24,16 @@ def is_zero3(members: Sequence[Member]) -> bool:
     return any(hasattr(m.parameter, "_z3_optimizer") for m in members)
 
 
+def in_sub_groups(members: Sequence[Member]) -> Callable[[Member], bool]:
+    """Tells whether DeepSpeed has put a parameter into a sub-group; the same on all ranks."""
+    zero = _optimizer_of(members)
+    return lambda m: zero.get_param_id(m.parameter) in zero.grad_position
+
+
+def _optimizer_of(members: Sequence[Member]) -> Any:
+    return next(m.parameter._z3_optimizer for m in members if hasattr(m.parameter, "_z3_optimizer"))
+
+
 class Zero3Layout:
     """Pieces of parameters in the flat sub-groups of DeepSpeed's stage 3."""
 
@@ -34,7 +44,7 @@ class Zero3Layout:
 
     def __init__(self, members: Sequence[Member]):
         self._members = {m.name: m for m in members}
-        self._zero: Any = next(m.parameter._z3_optimizer for m in members if hasattr(m.parameter, "_z3_optimizer"))
+        self._zero = _optimizer_of(members)
         self.ranks = data_parallel_ranks(members, self._zero.dp_process_group)
         # The parameters themselves are empty between uses, and may lie on another device than the collectives.
         self.ranks.device = torch.device(self._zero.device)
@@ -48,23 +58,17 @@ class Zero3Layout:
         # Told by mismatch(), which all ranks exchange: an error raised here on one rank would leave the others hanging.
         self._problem: str | None = None
         for m in members:
-            self._problem = self._problem or parallelism(m) or self._place(m)
+            self._problem = self._problem or parallelism(m)
+            self._place(m)
 
-    def _place(self, m: Member) -> str | None:
+    def _place(self, m: Member) -> None:
         parameter: Any = m.parameter
-        place = self._zero.grad_position.get(self._zero.get_param_id(parameter))
-        if place is None:
-            return (
-                f"{m.name} {m.shape}: DeepSpeed {version('deepspeed')} does not have it in its stage-3 optimizer. Was "
-                "it frozen, or added after initialize()?"
-            )
-        sub_group, offset, share = place
+        sub_group, offset, share = self._zero.grad_position[self._zero.get_param_id(parameter)]
         self._tensors.add(self._zero.fp32_partitioned_groups_flat[sub_group], m.name)
         self._places[m.name] = (sub_group, offset)
         piece = slice_piece(parameter.ds_numel, share, self.ranks.rank)
         if piece.start < piece.stop:
             self.pieces[m.name] = piece
-        return None
 
     def _slice(self, flat: Tensor, name: str) -> Tensor:
         piece = self.pieces[name]
