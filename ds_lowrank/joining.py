@@ -17,6 +17,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_lowrank.comm import Comm
+from ds_lowrank.config import LowRankConfig
 from ds_lowrank.layouts import Layout, LayoutError, Member, ddp_models, in_join, joins_first, steps_now
 
 _SHARED = ("lr", "betas", "eps", "weight_decay", "scale")
@@ -25,8 +26,19 @@ _SHARED = ("lr", "betas", "eps", "weight_decay", "scale")
 class JoinableOptimizer(torch.optim.Optimizer, Joinable):
     """A torch optimizer for ``with Join([model, optimizer])``, the model in DistributedDataParallel."""
 
+    config: LowRankConfig
+
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """For :class:`torch.distributed.algorithms.join.Join`, which calls it on all ranks."""
+        """For :class:`torch.distributed.algorithms.join.Join`, which calls it on all ranks.
+
+        Raises:
+            ValueError: the optimizer is layerwise.
+        """
+        if self.config.layerwise:
+            raise ValueError(
+                "layerwise averages and steps in the backward pass, which ranks without data do not make: leave it "
+                "out, or give all ranks as many batches"
+            )
         return _Shadow(self)
 
     @property
