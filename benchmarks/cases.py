@@ -113,11 +113,8 @@ class Case:
 
     @property
     def gradient_dtype(self) -> torch.dtype | None:
-        """In which gradients are computed, where the optimizer can know of a narrower one than they come in.
-
-        It cannot of autocast.
-        """
-        return torch.bfloat16 if self.dtype == "bf16" and self.layout not in ("one", "ddp") else None
+        """In which gradients are computed, where it is narrower than what they come in."""
+        return torch.bfloat16 if self.dtype == "bf16" else None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -136,6 +133,8 @@ class Case:
             "stochastic_rounding": self.stochastic_rounding,
             "seed": 3,
             "gram_dtype": "float64",
+            # Of autocast the optimizer has to be told.
+            "gradient_dtype": "bfloat16" if self.dtype == "bf16" and self.layout in ("one", "ddp") else "auto",
             "lr": 0.02,
             # The default. With a far smaller one Adam's first step is sign(R), which turns the rounding of an entry
             # near zero into a step of full size: free-running trajectories would differ by chance.

@@ -129,6 +129,7 @@ def assemble(
         specs,
         layout,
         comm,
+        gradient_dtype=None if config.gradient_dtype == "auto" else getattr(torch, config.gradient_dtype),
         stagger=config.stagger,
         wave_size=config.wave_size,
         shard_projection=config.shard_projection,

@@ -21,6 +21,7 @@ from ds_lowrank.subspace.sides import PROJ_TYPES
 
 BLOCK = "lowrank"
 GRAM_DTYPES = ("auto", "float32", "float64")
+GRADIENT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class LowRankConfig:
         shard_projection: ranks that share a matrix keep a part of its basis each and join it ahead of each use
             (True), or all of it (False).
         gram_dtype: ``float32``, ``float64``, or ``auto``: float64 on a CPU, float32 elsewhere.
+        gradient_dtype: in which the model computes gradients, which decides what counts as their rounding where they
+            have fewer directions than r: ``float32``, ``bfloat16``, ``float16``, or ``auto``: that of the model, or of
+            FSDP2's or the Trainer's mixed precision. Of ``torch.autocast`` in a loop of one's own nothing else tells.
         state_dtype: how moments are kept: ``fp32`` (float64 for float64 weights), ``bf16``, or ``int8``: codes in
             blocks of 64 within a row, with a scale each; of parameters that are not projected, in blocks of 64
             elements.
@@ -72,6 +76,7 @@ class LowRankConfig:
     wave_size: int = 8
     shard_projection: bool = True
     gram_dtype: str = "auto"
+    gradient_dtype: str = "auto"
     state_dtype: str = "fp32"
     basis_dtype: str = "fp32"
     stochastic_rounding: bool = False
@@ -95,6 +100,7 @@ class LowRankConfig:
             ("selection", SELECTIONS),
             ("moments", MOMENT_POLICIES),
             ("gram_dtype", GRAM_DTYPES),
+            ("gradient_dtype", GRADIENT_DTYPES),
             ("state_dtype", STATE_DTYPES),
             ("basis_dtype", BASIS_DTYPES),
         ):

@@ -31,8 +31,13 @@ from ds_lowrank.step import LowRankStep
 logger = logging.getLogger(__name__)
 
 # What a copy of an optimizer has beside what torch's optimizers have, and the key under which it travels.
-_OWN = ("config", "_members", "_specs", "_group_options", "_to_adopt")
+_OWN = ("config", "narrow", "notes", "_members", "_specs", "_group_options", "_to_adopt")
 _COPIED = "ds_lowrank"
+
+# Options of a configuration that are not a group's or AdamW's.
+_OPTIONS = {f.name for f in dataclasses.fields(LowRankConfig)} - {
+    *("rank", "rank_pattern", "optim_target_modules", "lr", "betas", "eps", "weight_decay")
+}
 
 # Called by every construction: integrations refuse here what would otherwise go wrong without a word.
 construction_checks: list[Callable[[], None]] = []
@@ -74,6 +79,7 @@ class LowRankAdamW(JoinableOptimizer):
         shard_projection: ranks that share a matrix keep a part of its basis each and join it ahead of each use
             (True), or all of it (False).
         gram_dtype: ``float32``, ``float64``, or ``auto``: float64 on a CPU, float32 elsewhere.
+        gradient_dtype: in which the model computes gradients: see :class:`ds_lowrank.LowRankConfig`.
         state_dtype: how moments are kept: ``fp32``, ``bf16`` or ``int8``; see :mod:`ds_lowrank.states`.
         basis_dtype: how bases are kept: ``fp32``, ``bf16``, ``int8`` or ``int4``.
         stochastic_rounding: of bf16 weights without an fp32 master copy.
@@ -112,33 +118,19 @@ class LowRankAdamW(JoinableOptimizer):
         wave_size: int = 8,
         shard_projection: bool = True,
         gram_dtype: str = "auto",
+        gradient_dtype: str = "auto",
         state_dtype: str = "fp32",
         basis_dtype: str = "fp32",
         stochastic_rounding: bool = False,
         layerwise: bool = False,
         accumulation_steps: int = 1,
     ):
+        options = {name: value for name, value in locals().items() if name in _OPTIONS}
         for check in construction_checks:
             check()
         check_adamw(lr, betas, eps, weight_decay)
         self.notes: list[str] = []  # what a run should be told of its framework, for the report
-        self.config = LowRankConfig(
-            update_proj_gap=update_proj_gap,
-            scale=scale,
-            proj_type=proj_type,
-            selection=selection,
-            moments=moments,
-            seed=seed,
-            stagger=stagger,
-            wave_size=wave_size,
-            shard_projection=shard_projection,
-            gram_dtype=gram_dtype,
-            state_dtype=state_dtype,
-            basis_dtype=basis_dtype,
-            stochastic_rounding=stochastic_rounding,
-            layerwise=layerwise,
-            accumulation_steps=accumulation_steps,
-        )
+        self.config = LowRankConfig(**options)
         self.formats = Formats(state_dtype, basis_dtype)
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         # Sharding frameworks replace a group's params by flat buffers, cut the list of groups during a step and

@@ -158,6 +158,7 @@ def make_plan(
     layout: Layout,
     comm: Comm,
     *,
+    gradient_dtype: torch.dtype | None,
     stagger: bool,
     wave_size: int,
     shard_projection: bool,
@@ -170,6 +171,7 @@ def make_plan(
         specs: the matrices in the model's parameter order.
         layout: this rank's pieces.
         comm: the collectives.
+        gradient_dtype: in which gradients are computed; ``None``: the layout says it.
         stagger, wave_size: see :func:`ds_lowrank.subspace.schedule.phases`.
         shard_projection: whether ranks that share a matrix keep a part of its basis each, or all of it.
         options: every other option that the ranks have to agree on.
@@ -202,7 +204,7 @@ def make_plan(
         copy=comm.ranks.copy,
         dealt=layout.dealt,
         dtype=layout.dtype,
-        gradient_dtype=layout.gradient_dtype,
+        gradient_dtype=layout.gradient_dtype if gradient_dtype is None else lambda name: gradient_dtype,
         unit=layout.unit,
         stagger=stagger,
         wave_size=wave_size,

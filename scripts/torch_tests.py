@@ -193,7 +193,9 @@ def outcomes(report: xml.Element) -> dict[str, tuple[str, str]]:
     """Read pytest's report. Names lack the optimizer's, so that runs can be compared."""
     found = {}
     for case in report.iter("testcase"):
-        name = re.sub(r"_(AdamW|FullRank|LowRank)_", "_", f"{case.get('classname', '').split('.')[-1]}.{case.get('name')}")
+        name = re.sub(
+            r"_(AdamW|FullRank|LowRank)_", "_", f"{case.get('classname', '').split('.')[-1]}.{case.get('name')}"
+        )
         outcome, reason = "passed", ""
         for child in case:
             if child.tag in ("failure", "error", "skipped"):
@@ -224,7 +226,9 @@ def judge(optimizer: str, test: str, outcome: str, base: dict[str, tuple[str, st
 def main() -> int:
     """Run the suites and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tests", type=Path, default=Path(torch.__file__).parent / "test", help="PyTorch's folder test")
+    parser.add_argument(
+        "--tests", type=Path, default=Path(torch.__file__).parent / "test", help="PyTorch's folder test"
+    )
     parser.add_argument("--only", default="", help="run the suites whose file has this in its path")
     parser.add_argument("pytest", nargs="*", help="passed on to pytest, after --")
     options = parser.parse_args()
@@ -232,7 +236,9 @@ def main() -> int:
     absent = [suite.file for suite in suites if not (options.tests / suite.file).exists()]
     if absent:
         print(f"not in {options.tests}: {', '.join(absent)}")
-        print(f"A wheel of torch has no tests: give those of PyTorch's source, v{torch.__version__.split('+')[0]}, with --tests")
+        print(
+            f"A wheel of torch has no tests: give those of PyTorch's source, v{torch.__version__.split('+')[0]}, with --tests"
+        )
         return 2
     unexpected = 0
     details = []

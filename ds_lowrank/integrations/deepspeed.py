@@ -109,6 +109,7 @@ def build_optimizer(
         wave_size=config.wave_size,
         shard_projection=config.shard_projection,
         gram_dtype=config.gram_dtype,
+        gradient_dtype=config.gradient_dtype,
         state_dtype=config.state_dtype,
         basis_dtype=config.basis_dtype,
         stochastic_rounding=config.stochastic_rounding,

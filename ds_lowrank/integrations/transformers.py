@@ -81,6 +81,8 @@ class _Factory:
             "eps": args.adam_epsilon,
             "weight_decay": args.weight_decay,
         }
+        if config.gradient_dtype == "auto" and deepspeed_config is None:
+            config = config.replace(gradient_dtype=_autocast(trainer, args))
         if config.layerwise:
             check_layerwise(args)
             config = config.replace(accumulation_steps=args.gradient_accumulation_steps)
@@ -240,6 +242,14 @@ def _calling_trainer() -> Any:
             return owner
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _autocast(trainer: Any, args: Any) -> str:
+    """What a Trainer's autocast computes in, ``auto`` without one."""
+    chosen = getattr(getattr(trainer, "accelerator", None), "mixed_precision", None)
+    if chosen is None:
+        chosen = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    return {"bf16": "bfloat16", "fp16": "float16"}.get(chosen, "auto")
 
 
 def _deepspeed_config(args: Any) -> dict[str, Any] | None:

@@ -149,7 +149,7 @@ class Layout(Protocol):
     def gradient_dtype(self, name: str) -> torch.dtype:
         """Dtype in which the model computes a parameter's gradient; the same on all ranks.
 
-        It may come in a wider one. Autocast computes in a narrower one than this says.
+        It may come in a wider one. Of autocast a layout knows nothing.
         """
         ...
 

@@ -10,7 +10,7 @@ from equivalence import anchor_row
 from torch import nn
 
 import ds_lowrank
-from ds_lowrank import LayoutError, LowRankAdamW
+from ds_lowrank import LowRankAdamW
 from ds_lowrank.optimizer import STATE_KEY
 from ds_lowrank.reference import Reference
 
@@ -253,6 +253,7 @@ def test_build_optimizer_passes_the_whole_configuration_on():
         "stagger": False,
         "wave_size": 3,
         "gram_dtype": "float32",
+        "gradient_dtype": "bfloat16",
         "proj_type": "left",
         "state_dtype": "int8",
         "basis_dtype": "int4",
@@ -262,8 +263,21 @@ def test_build_optimizer_passes_the_whole_configuration_on():
     spec, group = optimizer.matrix_specs[0], optimizer.param_groups[0]
     assert (spec.rank, spec.gap, spec.proj_type) == (2, 7, "left")
     assert (group["scale"], group["lr"], group["weight_decay"]) == (0.5, 0.5, 0.1)
-    for name in ("selection", "moments", "seed", "stagger", "wave_size", "gram_dtype", "state_dtype", "basis_dtype"):
+    passed = ("selection", "moments", "seed", "stagger", "wave_size", "state_dtype", "basis_dtype")
+    for name in (*passed, "gram_dtype", "gradient_dtype"):
         assert getattr(optimizer.config, name) == options[name]
+
+
+@pytest.mark.parametrize(("told", "found"), [("auto", 8), ("bfloat16", 2)])
+def test_autocast_has_to_be_told(told, found):
+    """Rounded to bf16 a gradient of two directions has more of them, which come in float32 as if they were its own."""
+    layer = nn.Linear(24, 32, bias=False)
+    optimizer = ds_lowrank.build_optimizer(layer, {"rank": 8, "gradient_dtype": told}, lr=0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(2, 24)).square().sum().backward()
+    optimizer.step()
+    indices = optimizer.state["lowrank"]["weight"]["indices"]
+    assert int((indices >= 0).sum()) == found
 
 
 def test_a_name_that_is_taken_is_refused():

@@ -247,3 +247,8 @@ def test_a_schedule_fits_another_number_of_groups():
     assert _fit_schedule(saved, 3) is saved
     with pytest.raises(ValueError, match="3 parameter groups with different base_lrs and this run 2"):
         _fit_schedule({**saved, "base_lrs": [0.1, 0.2, 0.1]}, 2)
+
+
+@pytest.mark.parametrize(("flags", "told"), [({}, "auto"), ({"bf16": True}, "bfloat16")])
+def test_the_trainers_autocast_is_known(tmp_path, flags, told):
+    assert trainer(tmp_path, trainer_optimizer({"rank": 4}), **flags).create_optimizer().config.gradient_dtype == told
