@@ -13,6 +13,7 @@ from stream import PackedStream
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ds_lowrank.integrations.checkpoints import together
+from ds_lowrank.safe_load import load_file
 
 
 class StreamPosition(TrainerCallback):
@@ -38,7 +39,7 @@ class StreamPosition(TrainerCallback):
         if folder is None:
             return
         path = _file(Path(folder), args.process_index)
-        saved = torch.load(path, weights_only=True) if path.is_file() else None
+        saved = load_file(path) if path.is_file() else None
         known = saved if saved is not None and saved["world_size"] == args.world_size else None
         if known is not None:
             try:
