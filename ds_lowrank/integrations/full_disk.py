@@ -18,7 +18,9 @@ _ERRORS = (errno.ENOSPC, errno.EDQUOT)
 # How others put it: safetensors, torch's CheckpointException, our own errors of several ranks.
 _TEXT = re.compile(r"No space left on device|Disk quota exceeded|StorageFull|os error 28")
 # torch's zip writer does not say why it failed. What it has written so far fills the disk still.
-_ZIP = re.compile(r"PytorchStreamWriter failed|unexpected pos|file write failed")
+_ZIP = re.compile(r"PytorchStreamWriter failed|unexpected pos|file write failed|iostream error")
+# A rank that waits for the one whose disk is full loses it.
+_LOST = re.compile(r"Connection (closed|reset) by|Broken pipe|remote process exited")
 _FULL = 1 << 26  # bytes
 
 
@@ -33,16 +35,17 @@ def full_disk(error: BaseException | None, output: Path, step: int, rank: int) -
     """
     folder = output / f"checkpoint-{step}"
     for cause in _causes(error):
-        path: Any = folder if folder.is_dir() else output
+        text, path = str(cause), folder if folder.is_dir() else output
+        lost = _LOST.search(text) is not None
         if isinstance(cause, OSError) and cause.errno in _ERRORS:
-            path = cause.filename or path
-        elif not _TEXT.search(str(cause)) and not (_ZIP.search(str(cause)) and _is_full(output)):
+            path = Path(cause.filename or path)
+        elif not _TEXT.search(text) and not ((lost or _ZIP.search(text)) and _is_full(output)):
             continue
-        told = re.search(r"failed on rank (\d+)|\(RANK (\d+)\)", str(cause))
+        told = re.search(r"failed on rank (\d+)|\(RANK (\d+)\)", text)
         where = next(filter(None, told.groups())) if told else rank
-        text = str(cause)
+        who = f"a rank that rank {rank} was waiting for" if lost else f"rank {where}"
         what = "Disk quota exceeded" if "quota" in text and "No space" not in text else "No space left on device"
-        return f"{what}: {path} (rank {where}); {_whole(output)}"
+        return f"{what}: {path} ({who}); {_whole(output)}"
     return None
 
 

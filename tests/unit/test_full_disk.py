@@ -60,10 +60,20 @@ def test_a_quota_is_a_full_disk_too(output):
     assert text == "Disk quota exceeded: /x (rank 0); the checkpoint of step 4 is whole"
 
 
-def test_the_zip_writer_does_not_say_why_and_the_disk_does(output, monkeypatch):
-    for free, says in ((1000, True), (1 << 40, False)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        assert (full_disk(RuntimeError(ZIP), output, step=6, rank=0) is not None) == says
+@pytest.mark.parametrize(
+    ("error", "who"),
+    [
+        (ZIP, "rank 1"),
+        ("basic_ios::clear: iostream error", "rank 1"),
+        ("gloo: Connection closed by peer [127.0.0.1]:5029", "a rank that rank 1 was waiting for"),
+    ],
+)
+def test_where_an_error_does_not_say_why_the_disk_does(output, monkeypatch, error, who):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    text = full_disk(RuntimeError(error), output, step=6, rank=1)
+    assert text == f"No space left on device: {output}/checkpoint-6 ({who}); the checkpoint of step 4 is whole"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
+    assert full_disk(RuntimeError(error), output, step=6, rank=1) is None
 
 
 def test_other_errors_are_none_of_it(tmp_path):
