@@ -270,7 +270,8 @@ def as_sharded(layout: ParameterLayout, name: str, tensor: Tensor) -> Tensor:
     if dim is None or local_tensors([tensor])[0] is not tensor:
         return tensor
     local = local_tensors([layout.place(name)[0]])[0]
-    return layout.distribute(held_part(layout, name, tensor).view(local.shape), tuple(tensor.shape), dim)
+    part = held_part(layout, name, tensor).clone()  # a view would keep the whole
+    return layout.distribute(part.view(local.shape), tuple(tensor.shape), dim)
 
 
 def keep_dtypes(states: MutableMapping[Any, Any], loaded: Mapping[Any, Any], tensors: Mapping[Any, Tensor]) -> None:

@@ -101,7 +101,7 @@ class Fsdp2Layout:
 
     def grad(self, name: str) -> Tensor | None:  # noqa: D102
         grad = self._parameters[name].grad
-        return None if grad is None else _local(grad).reshape(-1)
+        return None if grad is None else _local(grad).contiguous().view(-1)
 
     def dtype(self, name: str) -> torch.dtype:  # noqa: D102
         return self._parameters[name].dtype
