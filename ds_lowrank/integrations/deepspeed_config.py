@@ -6,7 +6,6 @@ HF Trainer is to fill in, ``"auto"``, counts as absent, as it does for DeepSpeed
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import logging
 import math
@@ -15,12 +14,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ds_lowrank.config import BLOCK, LowRankConfig, load_json
+from ds_lowrank.integrations.deepspeed_reading import (
+    bf16_block,
+    is_on,
+    mapping,
+    offload_device,
+    read_bf16,
+    read_zero,
+    refused,
+    without_auto,
+)
 from ds_lowrank.layouts import BF16_MASTER
 
 OLDEST, TOO_NEW = (0, 16), (0, 20)
@@ -101,7 +109,7 @@ def read_deepspeed_config(config: str | Path | Mapping[str, Any], here: bool = T
 
 def bf16_master(content: Mapping[str, Any]) -> bool:
     """Whether a DeepSpeed configuration asks for bf16 weights without an fp32 master copy."""
-    return bool(_bf16_block(content).get("bf16_master_weights_and_grads"))
+    return bool(bf16_block(content).get("bf16_master_weights_and_grads"))
 
 
 @contextmanager
@@ -123,11 +131,11 @@ class _Reader:
         self.release = tuple(int(part) for part in installed.split(".")[:2])
         block = content.get("zero_optimization", {})
         self.raw_zero = block if isinstance(block, Mapping) else {}
-        self.zero, self.zero_faults = _read_zero(self.raw_zero, installed)
-        self.bf16 = _read_bf16(content)
+        self.zero, self.zero_faults = read_zero(self.raw_zero, installed)
+        self.bf16 = read_bf16(content)
         fp16 = self._block("fp16").get("enabled")
-        self.fp16 = _is_on(fp16)
-        self.automatic = "auto" in (fp16, _mapping(content.get("bf16")).get("enabled"))
+        self.fp16 = is_on(fp16)
+        self.automatic = "auto" in (fp16, mapping(content.get("bf16")).get("enabled"))
 
     def settings(self) -> DeepSpeedSettings:
         from deepspeed.runtime.config import get_gradient_clipping
@@ -172,7 +180,7 @@ class _Reader:
         yield from self._deepspeeds_own()
 
     def _block(self, key: str) -> Mapping[str, Any]:
-        return _mapping(self.content.get(key))
+        return mapping(self.content.get(key))
 
     def _accumulation_dtype(self) -> torch.dtype | None:
         from deepspeed.runtime.config import DtypeEnum
@@ -207,7 +215,7 @@ class _Reader:
 
     def _offload(self) -> Iterator[str]:
         parameters, device = self.zero.offload_param, offload_device(self.zero)
-        if _mapping(self.raw_zero.get("offload_optimizer")).get("ratio", 1.0) != 1.0:
+        if mapping(self.raw_zero.get("offload_optimizer")).get("ratio", 1.0) != 1.0:
             yield (
                 "offload_optimizer.ratio < 1 is not supported: DeepSpeed steps the rest with an AdamW of its own. "
                 "Remove it"
@@ -287,7 +295,7 @@ class _Reader:
             yield f"data_types.grad_accum_dtype = {value!r} is unknown to DeepSpeed: use fp32, bf16 or fp16"
 
     def _bf16_master(self) -> Iterator[str]:
-        block = _bf16_block(self.content)
+        block = bf16_block(self.content)
         if not bf16_master(self.content):
             rounding = self._block(BLOCK).get("stochastic_rounding") is True
             if rounding:
@@ -351,117 +359,14 @@ class _Reader:
         base = {BATCH_KEYS[1]: 1, "zero_optimization": {"stage": stage}}
         passed_over = ("zero_optimization", "optimizer", BLOCK, "sequence_parallel_size", *BATCH_KEYS)
         rest = {k: v for k, v in without_auto(self.content).items() if k not in passed_over}
-        found = [fault for key, value in rest.items() for fault in _refused(base, {key: value}, self.installed)]
+        found = [fault for key, value in rest.items() for fault in refused(base, {key: value}, self.installed)]
         yield from found
         if not found:
-            yield from _refused(base, rest, self.installed)
-
-
-def offload_device(zero: Any) -> str:
-    """Where DeepSpeed keeps the optimizer by its ``DeepSpeedZeroConfig``: ``none`` (the GPU), ``cpu`` or ``nvme``."""
-    return "none" if zero.offload_optimizer is None else str(zero.offload_optimizer.device)
-
-
-def without_auto(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what the HF Trainer is to fill in, which DeepSpeed's classes leave out too."""
-    return {
-        key: without_auto(value) if isinstance(value, Mapping) else value
-        for key, value in content.items()
-        if not (isinstance(value, str) and value == "auto")
-    }
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+            yield from refused(base, rest, self.installed)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _bf16_block(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """DeepSpeed's older name of the block counts where the other is absent."""
-    block = content.get("bf16")
-    return _mapping(content.get("bfloat16") if block is None else block)
-
-
-def _is_on(value: Any) -> bool:
-    """A truth value as pydantic, which reads DeepSpeed's blocks, takes it."""
-    return value.lower() in ("true", "yes", "on", "1", "t", "y") if isinstance(value, str) else value in (True, 1)
-
-
-def _read_bf16(content: Mapping[str, Any]) -> Any:
-    block = {k: v for k, v in _bf16_block(content).items() if v != "auto"}
-    try:
-        from deepspeed.runtime.precision_config import get_bfloat16_config
-
-        return get_bfloat16_config({"bf16": block})
-    except (ImportError, ValueError):  # before 0.17 it was no class; what is wrong in the block is found by key
-        master = bool(block.get("bf16_master_weights_and_grads"))
-        return SimpleNamespace(enabled=_is_on(block.get("enabled")), bf16_master_weights_and_grads=master)
-
-
-def _read_zero(block: Mapping[str, Any], installed: str) -> tuple[Any, list[str]]:
-    """``DeepSpeedZeroConfig`` of a block, without the keys that it refuses, and why it refuses them."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    # These have a refusal of their own.
-    left = {k: v for k, v in block.items() if k != "zenflow" and not (k == "mics_shard_size" and v not in (-1, 0))}
-    if left.get("stage") not in (1, 2, 3):
-        left.pop("stage", None)
-    if isinstance(left.get("offload_optimizer"), Mapping):
-        left["offload_optimizer"] = {k: v for k, v in left["offload_optimizer"].items() if k != "ratio"}
-    faults: list[str] = []
-    while True:
-        try:
-            zero = DeepSpeedZeroConfig(**left)
-        except (ValueError, AssertionError, TypeError) as error:
-            known = DeepSpeedZeroConfig.model_fields
-            faults += _reasons(error, "zero_optimization", left, installed, known)
-            bad = {str(e["loc"][0]) for e in getattr(error, "errors", list)() if e["loc"]}
-            if not bad.intersection(left):  # keys that cannot be used together
-                return DeepSpeedZeroConfig(**{k: v for k, v in left.items() if k == "stage"}), faults
-            left = {k: v for k, v in left.items() if k not in bad}
-            continue
-        if zero.stage in (1, 2) and zero.allgather_bucket_size % 2:
-            faults.append(f"zero_optimization.allgather_bucket_size must be even, got {zero.allgather_bucket_size}")
-        return zero, faults
-
-
-def _refused(base: Mapping[str, Any], more: Mapping[str, Any], installed: str) -> list[str]:
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    try:
-        DeepSpeedConfig({**base, **more})
-    except Exception as error:  # whatever stops it stops the run
-        key, value = next(iter(more.items()))
-        return _reasons(error, key if len(more) == 1 else "", value, installed, {})
-    return []
-
-
-def _reasons(error: Exception, key: str, value: Any, installed: str, known: Mapping[str, Any]) -> list[str]:
-    """An exception of DeepSpeed's classes, a line for each thing that is wrong."""
-    if not hasattr(error, "errors"):
-        if key and not isinstance(value, Mapping) and isinstance(error, (TypeError, AttributeError)):
-            return [f"{key} must be {'a text' if 'lower' in str(error) else 'a block of options'}, got {value!r}"]
-        where = f"{key}: " if key else ""
-        return [f"{where}DeepSpeed {installed} refuses it: {error or type(error).__name__}"]
-    found = []
-    for one in error.errors():
-        path = ".".join(str(part) for part in (key, *one["loc"]) if part != "")
-        if one["type"] != "extra_forbidden":
-            got = f", got {one['input']!r}" if one["loc"] else ""
-            found.append(f"{path}: {one['msg']}{got}")
-            continue
-        name = str(one["loc"][-1])
-        if name in known:
-            found.append(f"{path} is given twice, also as {known[name].alias}: remove one of them")
-            continue
-        near = difflib.get_close_matches(name, [*known, *(f.alias for f in known.values() if f.alias)], n=1)
-        found.append(
-            f"{path} is unknown to DeepSpeed {installed}: " + (f"did you mean {near[0]!r}?" if near else "remove it")
-        )
-    return found
 
 
 def _dotted(release: tuple[int, ...]) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ds_lowrank.config import LowRankConfig
-from ds_lowrank.integrations.deepspeed_config import BATCH_KEYS, offload_device, read_deepspeed_config
+from ds_lowrank.integrations.deepspeed_config import BATCH_KEYS, read_deepspeed_config
+from ds_lowrank.integrations.deepspeed_reading import offload_device
 from ds_lowrank.integrations.fsdp import read_fsdp_config
 from ds_lowrank.planner import passed_over
 from ds_lowrank.planner.accelerate_files import deepspeed_file, fsdp_block, is_accelerates
