@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.planner.memory import MemoryPlan, check_gpu_memory, plan_setup
 from ds_lowrank.planner.model import Model
+from ds_lowrank.planner.places import Places, find_places
 from ds_lowrank.planner.setup import Setup
 
 _MOST_RANKS = 64
@@ -42,28 +44,32 @@ def advise(model: Model, config: LowRankConfig, setup: Setup, gpu_memory: float,
         ValueError: see :func:`ds_lowrank.planner.memory.check_gpu_memory`.
     """
     check_gpu_memory(gpu_memory, margin)
-    if plan_setup(model, config, setup).fits(gpu_memory, margin=margin):
+    places: dict[tuple[str, int, str, int], Places] = {}
+
+    @functools.cache  # changes are tried one by one, and then together
+    def planned(run: Setup) -> MemoryPlan:
+        cut = (run.kind, run.ranks, run.master, run.sub_group)
+        if cut not in places:
+            places[cut] = find_places(model, config, run)
+        return plan_setup(model, config, run, places[cut])
+
+    if planned(setup).fits(gpu_memory, margin=margin):
         return []
     alone = []
     for label, change in _changes():
         changed = change(setup)
-        if changed is not None:
-            plan = plan_setup(model, config, changed)
-            if plan.fits(gpu_memory, margin=margin):
-                alone.append(Advice([label], plan))
+        if changed is not None and planned(changed).fits(gpu_memory, margin=margin):
+            alone.append(Advice([label], planned(changed)))
     if alone:
         return alone
     together: list[str] = []
     for label, change in _changes():
         changed = change(setup)
-        if changed is None:
-            continue
-        before, plan = plan_setup(model, config, setup), plan_setup(model, config, changed)
-        if plan.ours.peak < before.ours.peak:
+        if changed is not None and planned(changed).ours.peak < planned(setup).ours.peak:
             setup = changed
             together.append(label)
-            if plan.fits(gpu_memory, margin=margin):
-                return [Advice(together, plan)]
+            if planned(setup).fits(gpu_memory, margin=margin):
+                return [Advice(together, planned(setup))]
     return []
 
 

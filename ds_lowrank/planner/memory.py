@@ -170,9 +170,15 @@ def plan_memory(
     return plan_setup(known, config, setup.replace(state_dtype=config.state_dtype, basis_dtype=config.basis_dtype))
 
 
-def plan_setup(model: Model, config: LowRankConfig, setup: Setup) -> MemoryPlan:
-    """Plan a run that has been described already; see :func:`plan_memory`."""
-    places = find_places(model, config, setup)
+def plan_setup(model: Model, config: LowRankConfig, setup: Setup, places: Places | None = None) -> MemoryPlan:
+    """Plan a run that has been described already; see :func:`plan_memory`.
+
+    Args:
+        model, config, setup: the run.
+        places: what lies where in it, which ``kind``, ``ranks``, ``master`` and ``sub_group`` decide; found where
+            ``None``.
+    """
+    places = places or find_places(model, config, setup)
     alive = None
     if model.decoder is not None:
         alive = activations(model.decoder, setup.tokens, setup.width, setup.checkpointing)
