@@ -11,6 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
+from arguments import parse_arguments
+from record import take_up
 from resuming import resolve_resume
 
 from ds_lowrank import manifest
@@ -54,3 +56,27 @@ def test_a_later_step_of_ones_own_is_not_passed_over(tmp_path):
     earlier = checkpoint(tmp_path / "other", 20)
     with pytest.raises(ValueError, match="starts at step 20"):
         resolved(tmp_path, resume_from_checkpoint=str(earlier))
+
+
+def test_what_an_earlier_run_left_is_taken_on_purpose_only(tmp_path):
+    """Other Trainers let a run start below later checkpoints."""
+    own, left = checkpoint(tmp_path, 20), checkpoint(tmp_path, 50)
+    manifest.supersede(left, 10)
+    with pytest.warns(UserWarning, match="checkpoint-50 passed over: an earlier run left"):
+        assert resolved(tmp_path, resume=True) == (str(own), 20)
+    with pytest.raises(ValueError, match=r"an earlier run left .*checkpoint-50.*ds_lowrank\.manifest"):
+        resolved(tmp_path, resume_from_checkpoint=str(left))
+    manifest.mark(left, {})
+    assert resolved(tmp_path, resume_from_checkpoint=str(left)) == (str(left), 50)
+
+
+def test_the_checkpoints_rate_stands_before_that_of_the_block(tmp_path, capsys):
+    args = parse_arguments(["--output_dir", str(tmp_path), "--report_to", "none", "--lr", "0.2"])[3]
+    block = {"lr": 0.3, "betas": [0.8, 0.9], "rank": 4}
+    record = {"arguments": {"learning_rate": 0.1, "adam_beta1": 0.5, "adam_beta2": 0.6}}
+    assert take_up(record, args, block) == {"rank": 4}
+    assert (args.learning_rate, args.adam_beta1, args.adam_beta2) == (0.1, 0.5, 0.6)
+    assert "--learning_rate 0.1 as in the checkpoint, not 0.3" in capsys.readouterr().out
+    args.override_lr = True
+    assert take_up(record, args, block) == {"lr": 0.3, "rank": 4}
+    assert take_up({}, args, block) == block
