@@ -156,20 +156,34 @@ def _wave(held: Sequence[Holding], matrix: dict[str, Tensor], g: int) -> tuple[T
     nothing = torch.zeros_like(batch.buffered)
     # Of Grams that all ranks add up those owned here stay, one is on its way and one is computed.
     grams, passing = nothing, nothing
-    # Where few ranks share a matrix, all parts are made, joined for sending, received, and added up.
+    # Where few ranks share a matrix, and of gathered rows, all parts are made, joined for sending, received, and put
+    # together.
     made, received, summed = nothing, nothing, nothing
     narrow, second = nothing, nothing  # a block of rows widened; the Gram of a second block
-    owned, alone = nothing, nothing  # the longest short side of what is decomposed here
+    owned, alone = nothing, nothing  # the longest side of what is decomposed here
+    framed = nothing  # of gathered rows: in the Gram's dtype, as QR overwrites them, and their frame
     bases, kept = nothing, nothing
     for h in held:
         plan = h.plan
-        square = plan.short**2 * g
+        square = plan.side_to_decompose**2 * g
         here = h.witness if plan.shared else h.computes
+        if plan.shared:
+            owned = _most([h.owns * plan.side_to_decompose], owned)
+            bases = bases + h.owns * (plan.short * plan.rank * plan.dtype.itemsize)
+            kept = kept + h.computes * h.kept * (plan.rank * plan.dtype.itemsize)
+        else:
+            alone = _most([here * plan.side_to_decompose], alone)
+        if plan.gathers:
+            whole = plan.long * plan.short * plan.dtype.itemsize
+            made = made + here * h.rows * (plan.short * plan.dtype.itemsize)
+            received = received + (h.owns * whole if plan.shared else 0)
+            summed = summed + (h.owns * whole if plan.shared else 0)
+            framed = _most([(h.owns if plan.shared else here) * (3 * plan.long * plan.short * g)], framed)
+            continue
         if g != plan.dtype.itemsize:
             narrow = _most([here * (min(widened_rows(plan.short), plan.long) * plan.short * g)], narrow)
         second = _most([here * (h.blocks == 2) * square], second)
         if not plan.shared:
-            alone = _most([here * plan.short], alone)
             continue
         if len(plan.witnesses) == len(plan.copy):
             grams = grams + h.owns * square
@@ -178,15 +192,12 @@ def _wave(held: Sequence[Holding], matrix: dict[str, Tensor], g: int) -> tuple[T
             made = made + here * square
             received = received + h.owns * (square * len(plan.witnesses))
             summed = summed + h.owns * square
-        owned = _most([h.owns * plan.short], owned)
-        bases = bases + h.owns * (plan.short * plan.rank * plan.dtype.itemsize)
-        kept = kept + h.computes * h.kept * (plan.rank * plan.dtype.itemsize)
     computing = grams + passing + 2 * made + received + narrow + second
     largest = torch.maximum(owned, alone)
     s = largest**2 * g
     solver = 2 * s  # syevd: 1 + 6 n + 2 n²
     # Eigenvectors, their copy in descending order, a mask of what is finite; the Gram itself is among `grams`.
-    deciding = grams + summed + received + 2 * s + largest**2 + solver + (alone > owned) * s
+    deciding = grams + summed + received + framed + 2 * s + largest**2 + solver + (alone > owned) * s
     deciding = deciding * (largest > 0)
     collecting = torch.maximum(batch.moving, 2 * batch.buffered)
     stepping = batch.buffered + torch.maximum(batch.matrix, batch.moving + batch.handed) + batch.buffered
