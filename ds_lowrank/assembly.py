@@ -181,8 +181,16 @@ def move_histories(
                 states[name]["overlaps"] = torch.tensor(history)
 
 
-def check_addable(layout: Layout | None, layerwise: Layerwise | None) -> None:
-    """Refuse parameter groups where none can be added.
+def prepare_group(
+    group: dict[str, Any], others: Sequence[Mapping[str, Any]], layout: Layout | None, layerwise: Layerwise | None
+) -> None:
+    """Refuse a parameter group where none can be added, and name its parameters where the others have names.
+
+    Args:
+        group: that is to be added; changed.
+        others: the groups that there are.
+        layout: ``None`` before it is found.
+        layerwise: the hooks, if there are any.
 
     Raises:
         ValueError: DeepSpeed has made its flat buffers, or a backward pass has stepped already.
@@ -194,6 +202,13 @@ def check_addable(layout: Layout | None, layerwise: Layerwise | None) -> None:
         )
     if layerwise is not None and layerwise.busy:
         raise ValueError("with layerwise, add a parameter group before the first backward pass of a step")
+    params = group["params"]
+    if isinstance(params, set):
+        return  # which torch refuses
+    params = group["params"] = [params] if isinstance(params, Tensor) else list(params)
+    if params and all(isinstance(p, Tensor) for p in params) and all("param_names" in other for other in others):
+        # torch takes groups with names or groups without, and Lightning's BaseFinetuning adds them without.
+        group["params"] = [(f"group{len(others)}.{k}", p) for k, p in enumerate(params)]
 
 
 def step_in_backward(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.algorithms.join import Joinable
 
 from ds_lowrank.adopt import adopt_states, own_entries, take_entries
-from ds_lowrank.assembly import assemble, check_addable, move_histories, register_group, step_in_backward
+from ds_lowrank.assembly import assemble, move_histories, prepare_group, register_group, step_in_backward
 from ds_lowrank.comm import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.full_rank import FullRank, keep_dtypes
@@ -171,7 +171,8 @@ class LowRankAdamW(JoinableOptimizer):
         Raises:
             ValueError: the group is not allowed, or DeepSpeed has made its flat buffers; nothing is added then.
         """
-        check_addable(getattr(self, "_layout", None), getattr(self, "_layerwise", None))
+        if hasattr(self, "_specs"):
+            prepare_group(param_group, self.param_groups, self._layout, self._layerwise)
         super().add_param_group(param_group)
         try:
             if not param_group["params"]:

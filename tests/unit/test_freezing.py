@@ -136,6 +136,19 @@ def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was():
     train(net, optimizer, 1)
 
 
+def test_a_group_without_names_joins_those_that_have_some():
+    """As Lightning's BaseFinetuning adds it."""
+    net = Net()
+    optimizer = build(net, "a")
+    train(net, optimizer, 0)
+    optimizer.add_param_group({"params": [net.bias], "lr": 0.01})
+    optimizer.add_param_group({"params": net.b, "rank": 2})
+    optimizer.add_param_group({"params": ((n, p) for n, p in net.named_parameters() if n == "c")})
+    train(net, optimizer, 1)
+    assert [m.name for m in optimizer.members] == ["a", "group1.0", "group2.0", "c"]
+    assert set(optimizer.state[STATE_KEY]) == {"a", "group2.0"}
+
+
 def test_with_layerwise_no_group_comes_in_the_middle_of_a_step():
     net = Net()
     optimizer = build(net, "a", layerwise=True)
