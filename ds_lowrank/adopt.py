@@ -131,7 +131,8 @@ def _check_projected(names: Mapping[Any, str], state: Mapping[Any, Any], project
     Raises:
         ValueError: naming the first of them, with what to set.
     """
-    foreign = [n for key, n in names.items() if n not in projected and "indices" in (state.get(key) or ())]
+    entries = {n: state[key] for key, n in names.items() if n not in projected and key in state}
+    foreign = [n for n, entry in entries.items() if isinstance(entry, Mapping) and "indices" in entry]
     if foreign:
         raise ValueError(
             f"the loaded optimizer state has a low-rank state of {foreign[0]}, which is not projected here: "

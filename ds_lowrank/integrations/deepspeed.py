@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_lowrank.config import LowRankConfig
+from ds_lowrank.config import BLOCK, LowRankConfig
 from ds_lowrank.gloo import await_gloo_at_exit
 from ds_lowrank.integrations.deepspeed_config import bf16_master, check_deepspeed_config, read_deepspeed_config
 from ds_lowrank.integrations.zero_init import count_all_ranks
@@ -139,9 +139,11 @@ def prepare_cpu() -> None:
 
 
 def _automatic_keys(content: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Keys whose value is ``"auto"``, with the blocks they stand in."""
+    """Keys whose value is ``"auto"``, with the blocks they stand in; options of ours have it for themselves."""
     found = []
     for key, value in content.items():
+        if key == BLOCK:
+            continue
         if isinstance(value, Mapping):
             found += _automatic_keys(value, f"{prefix}{key}.")
         elif value == "auto":

@@ -212,6 +212,11 @@ def test_raw_deepspeed_cannot_fill_in_auto():
         ds_lowrank.deepspeed_optimizer(torch.nn.Linear(8, 8), config)
 
 
+def test_an_option_of_ours_may_be_auto():
+    config = {**GOOD, "gradient_clipping": 1.0, "lowrank": {"rank": 4, "gram_dtype": "auto", "gradient_dtype": "auto"}}
+    assert ds_lowrank.deepspeed_optimizer(torch.nn.Linear(8, 8), config).config.gram_dtype == "auto"
+
+
 def test_raw_deepspeed_needs_its_permission():
 
     with pytest.raises(ValueError, match="zero_allow_untested_optimizer"):

@@ -165,6 +165,9 @@ def test_the_trainers_report_tells_it(monkeypatch):
     args = SimpleNamespace(
         hf_deepspeed_config=wrapped,
         fsdp="",
+        optim="adamw_torch",
+        optim_args=None,
+        optim_target_modules=None,
         learning_rate=0.1,
         adam_beta1=0.9,
         adam_beta2=0.999,
@@ -179,7 +182,7 @@ def test_the_trainers_report_tells_it(monkeypatch):
 def _report(notes: list[str]) -> str:
     console = Console(record=True, width=300, file=io.StringIO())
     print_report(
-        Report("zero2", 2, {(8, 8, 2): 1}, 64, [], 0, 0, 0, [8], [8], 200, "importance", tuple(notes)), console
+        Report("zero2", 2, {(8, 8, 2): 1}, 64, [], 0, [], 0, 0, [8], [8], 200, "importance", tuple(notes)), console
     )
     return console.export_text()
 

@@ -86,16 +86,26 @@ def test_moments_of_another_shape_are_refused_by_name_with_both_shapes(there, he
             lambda emb: (emb.clear(), emb.update(step=1, momentum_buffer=torch.zeros(6, 4))),
             r"emb \(6, 4\) has no exp_avg, only \['momentum_buffer', 'step'\]",
         ),
-        (
-            lambda emb: emb.update(indices=torch.zeros(3), refreshes=torch.tensor(1)),
-            r"emb \(6, 4\) was projected when it was saved, and is trained full-rank here",
-        ),
     ],
 )
 def test_a_full_rank_state_that_does_not_fit_is_refused(change, text):
     state = saved()
     change(state["state"][1])
     refused(state, text)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_projected_state_of_what_is_not_projected_here_is_refused(named):
+    state = saved(named=named)
+    state["state"][1].update(indices=torch.zeros(3), refreshes=torch.tensor(1))
+    if not named:  # there are no names to look for, and the first step finds it
+        refused(
+            state, r"group1\.0 \(6, 4\) was projected when it was saved, and is trained full-rank here", named=False
+        )
+        return
+    optimizer, _ = build()
+    with pytest.raises(ValueError, match=r"low-rank state of emb, which is not projected here: .*optim_target_modules"):
+        optimizer.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +179,9 @@ def test_an_entry_that_is_no_mapping_is_refused_by_name():
     [
         (
             lambda emb: emb.update({key: torch.zeros(9, 4) for key in ("exp_avg", "exp_avg_sq")}),
-            r"AdamW's moments of emb are \(9, 4\) in it and \(6, 4\) in this model",
+            r"optimizer.pt is damaged: exp_avg of emb is \(9, 4\) in it, not \(6, 4\)",
         ),
-        (lambda emb: emb.update(step=torch.tensor(float("nan"))), r"AdamW's steps of emb \(6, 4\) are nan"),
+        (lambda emb: emb.update(step=torch.tensor(float("nan"))), r"optimizer.pt is damaged: step of emb is .*nan"),
     ],
 )
 def test_a_checkpoint_with_moments_that_do_not_fit_is_refused(change, text, tmp_path):
