@@ -12,29 +12,34 @@ from typing import Any
 
 import torch
 
-# Packages of the standard library in which a pickle finds containers and nothing that acts.
-_HARMLESS = ("collections", "functools", "enum", "datetime", "pathlib", "types")
+# Packages of the standard library, and built-ins, in which a pickle finds containers and nothing that acts.
+_HARMLESS = {"argparse", "collections", "functools", "enum", "datetime", "pathlib", "types"} | {
+    *("frozenset", "range", "slice"),
+}
 
 
 class HoldsObjects(ValueError):
     """A file holds objects beside tensors, numbers, texts and lists; nothing of it was run.
 
     Attributes:
-        name: of the first of them: module and class, or function.
+        name: of the first of them: module and class, or function; of a built-in without a module.
     """
 
-    def __init__(self, path: Path | str, name: str):
+    def __init__(self, path: Path | str, name: str, *, by_torch: bool = False):
         self.name = name
+        remedy = "with a tool that trusts it"
+        if by_torch and not self.acts:
+            remedy = f"torch.serialization.add_safe_globals([{name}]), called before, has it read"
         super().__init__(
             f"{path} holds {name}, which a checkpoint has no need of: opening it the ordinary way could run code, so "
-            "it is not read. Use it only if you know who made it, with a tool that trusts it"
+            f"it is not read. Use it only if you know who made it: {remedy}"
         )
 
     @property
     def acts(self) -> bool:
         """Whether it is of Python itself: no optimizer's class, but something that would have been called."""
-        package = self.name.partition(".")[0]
-        return package in (*sys.stdlib_module_names, "__builtin__") and package not in _HARMLESS
+        package, _, rest = self.name.partition(".")
+        return package not in _HARMLESS and (not rest or package in (*sys.stdlib_module_names, "__builtin__"))
 
 
 def load_file(path: Path) -> Any:
@@ -59,7 +64,7 @@ def load_bytes(data: bytes, path: Path | str) -> Any:
 
 
 def _load(source: Path | bytes, path: Path | str, mmap: bool) -> Any:
-    allowed: list[Any] = []
+    numbers = allowed = _numpy_classes()
     while True:
         try:
             with torch.serialization.safe_globals(allowed):
@@ -72,9 +77,9 @@ def _load(source: Path | bytes, path: Path | str, mmap: bool) -> Any:
             if name is None:
                 raise ValueError(f"{path} cannot be read ({_first_line(error)})") from error
             # DeepSpeed takes seconds to import, and most files hold nothing of it.
-            if allowed or not (name.startswith("deepspeed.") or name == "getattr"):
-                raise HoldsObjects(path, name) from error
-            allowed = _deepspeed_classes(path)
+            if allowed is not numbers or not (name.startswith("deepspeed.") or name == "getattr"):
+                raise HoldsObjects(path, name, by_torch=True) from error
+            allowed = numbers + _deepspeed_classes(path)
         except Exception as error:  # zip, mmap, text and index errors of torch's reader: whatever a file may contain
             raise ValueError(f"{path} cannot be read ({_first_line(error)})") from error
 
@@ -92,6 +97,22 @@ def _first_line(error: Exception) -> str:
     # Before its reason torch puts a paragraph about its own versions.
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]
+
+
+def _numpy_classes() -> list[Any]:
+    """NumPy's numbers and arrays of them: a schedule that computes with NumPy leaves some in ``lr``."""
+    try:
+        import numpy as np
+    except ImportError:
+        return []
+    core = np._core if hasattr(np, "_core") else np.core
+    functions = [
+        (found, f"numpy.{package}.multiarray.{found.__name__}")
+        for package in ("_core", "core")
+        for found in (core.multiarray.scalar, core.multiarray._reconstruct)
+    ]
+    # All but those of Python objects.
+    return [*functions, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}]
 
 
 def _deepspeed_classes(path: Path | str) -> list[Any]:

@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -19,6 +20,7 @@ import ds_lowrank
 from ds_lowrank import cli, manifest
 from ds_lowrank.layouts.dcp_files import DistributedFiles
 from ds_lowrank.opening import check_checkpoint
+from ds_lowrank.safe_load import HoldsObjects, load_file
 
 TAG = "global_step1"
 ZERO = {
@@ -194,6 +196,43 @@ def test_what_torch_writes_is_read(tmp_path):
     assert int(files.tensors["b.c"].read()) == 4
     assert files.tensors["b.d"].read().dtype == torch.bfloat16
     assert files.objects["name"].load() == "x"
+
+
+class Own:
+    """Of somebody's own program."""
+
+
+def test_numbers_of_numpy_are_read_and_objects_of_ones_own_once_they_are_let_in(tmp_path):
+    """A schedule that computes with NumPy leaves its numbers in ``lr``, a loop its random state in ``client_state``."""
+    path = tmp_path / "x.pt"
+    state = np.random.RandomState(0).get_state()
+    torch.save({"lr": np.float64(0.25), "step": np.int64(3), "rng": state}, path)
+    found = load_file(path)
+    assert (found["lr"], found["step"]) == (0.25, 3)
+    assert np.array_equal(found["rng"][1], state[1])
+
+    torch.save({"x": np.array([Runs(tmp_path / "ran")], dtype=object)}, path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_file(path)
+    assert not (tmp_path / "ran").exists()
+
+    torch.save({"x": Own()}, path)
+    with pytest.raises(HoldsObjects, match=r"add_safe_globals\(\[.*Own\]\), called before, has it read"):
+        load_file(path)
+    with torch.serialization.safe_globals([Own]):
+        assert isinstance(load_file(path)["x"], Own)
+
+
+@pytest.mark.parametrize("what", [eval, os.system])
+def test_nobody_is_told_to_let_in_what_acts(tmp_path, what):
+    class Calls:
+        def __reduce__(self):
+            return what, ("0",)
+
+    torch.save(Calls(), tmp_path / "x.pt")
+    with pytest.raises(HoldsObjects, match="with a tool that trusts it") as raised:
+        load_file(tmp_path / "x.pt")
+    assert raised.value.acts
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", ".", "", 3, "a\0b"])
