@@ -41,7 +41,7 @@ def check_left_out(members: Sequence[Member]) -> None:
         LayoutError: naming the first that is not frozen.
     """
     for m in members:
-        if m.parameter.requires_grad:
+        if m.parameter.requires_grad and 0 not in m.shape:  # what has no elements is in no buffer, and stands still
             raise LayoutError(
                 f"{m.name} {m.shape} was frozen, or not there, in deepspeed.initialize(), which makes flat buffers of "
                 "what is trainable then: DeepSpeed cannot train it in this run. Call initialize() while everything is "
