@@ -23,7 +23,7 @@ from ds_lowrank.param_groups import named_weights
 from ds_lowrank.plan import MatrixPlan
 from ds_lowrank.refresh import MatrixState, tensor_of
 from ds_lowrank.report import unwrap
-from ds_lowrank.sources import Source, read_piece
+from ds_lowrank.sources import Source, cut_piece, read_piece
 from ds_lowrank.targets import advise_naming
 
 logger = logging.getLogger(__name__)
@@ -124,9 +124,8 @@ def _agree(optimizer: LowRankAdamW, fault: str | None) -> None:
 
 
 def _weights_fault(source: Source, optimizer: LowRankAdamW, others: Mapping[str, Tensor], strict: bool) -> str | None:
-    saved = source.parameters()
     for member in optimizer.members:
-        shape = saved.get(_alias(member.name, saved, others))
+        shape = _saved_shape(source, member.name, others)
         if shape is None and strict:
             hint = ": give parameters as (name, parameter) pairs" if re.match(r"group\d+\.\d+$", member.name) else ""
             return f"it has no weights of {member.name} {member.shape}{hint}"
@@ -134,13 +133,10 @@ def _weights_fault(source: Source, optimizer: LowRankAdamW, others: Mapping[str,
             return f"{member.name} is {shape} in it and {member.shape} in this model"
     known = {m.name for m in optimizer.members}
     rest = [name for name in others if name not in known and _alias(name, known, others) not in known]
-    absent = [n for n in rest if n not in saved and n not in source.others] if strict and rest else []
-    if absent:
-        return f"it has no {absent[0]}, which is frozen, or a buffer, in this model"
     for name in rest:
-        shape = saved.get(name)
-        if shape is None and name in source.others:
-            shape = tuple(source.others[name].shape)
+        shape = _saved_shape(source, name, others)
+        if shape is None and strict:
+            return f"it has no {name}, which is frozen, or a buffer, in this model"
         if shape is not None and shape != whole_shape(others[name]):
             return f"{name} is {shape} in it and {whole_shape(others[name])} in this model"
     return None
@@ -196,6 +192,16 @@ def _alias(name: str, saved: Container[str], named: Mapping[str, Tensor]) -> str
     return next((other for other, p in named.items() if p is named[name] and other in saved), name)
 
 
+def _saved_shape(source: Source, name: str, named: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    """Of a weight or a buffer, whether or not the optimizer that saved it knew of it."""
+    saved = source.parameters()
+    known = _alias(name, saved, named)
+    if known in saved:
+        return saved[known]
+    known = _alias(name, source.others, named)
+    return tuple(source.others[known].shape) if known in source.others else None
+
+
 def _load_weights(source: Source, optimizer: LowRankAdamW, named: Mapping[str, Tensor]) -> None:
     """Weights, frozen ones and buffers too: what the model computes with, and what the optimizer moves."""
     layout = optimizer.layout
@@ -205,15 +211,16 @@ def _load_weights(source: Source, optimizer: LowRankAdamW, named: Mapping[str, T
     pending.update({n: p for n, p in named.items() if id(p) not in trained})
     for name, parameter in pending.items():
         known = _alias(name, saved, named)
-        if known not in saved:
-            if known in source.others:  # what DeepSpeed's optimizer does not know
-                value = source.others[known].reshape(-1)
-                write_parameter(parameter, lambda a, b, value=value: value[a:b], layout.ranks.rank)  # type: ignore[misc]
-            continue
-        write_parameter(parameter, partial(_weights, source, known), layout.ranks.rank)
+        read = partial(_weights, source, known)
+        if known not in saved:  # frozen when it was saved, or a buffer: DeepSpeed's optimizer does not know it
+            known = _alias(name, source.others, named)
+            if known not in source.others:
+                continue
+            read = partial(_elements, source.others[known].reshape(-1))
+        write_parameter(parameter, read, layout.ranks.rank)
         if name in layout.pieces:
             target = layout.weight(name)
-            target.copy_(read_piece(source, known, "weight", layout.pieces[name], saved[known]))
+            target.copy_(cut_piece(read, layout.pieces[name], whole_shape(parameter)))
             layout.store(name, target)
 
 
@@ -259,6 +266,10 @@ def _matrix_state(source: Source, optimizer: LowRankAdamW, plan: MatrixPlan) -> 
             tensor, first = tensor_of(state, key), int(state["basis_row" if rows.of == "basis" else "row"])
             tensor.copy_(source.rows(plan.name, key, first, first + tensor.shape[0]))
     return state
+
+
+def _elements(flat: Tensor, start: int, stop: int) -> Tensor:
+    return flat[start:stop]
 
 
 def _weights(source: Source, name: str, start: int, stop: int) -> Tensor:

@@ -12,7 +12,7 @@ are put together as a whole, by DeepSpeed's own tool.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,13 +123,22 @@ def read_piece(source: Source, name: str, key: str, piece: Piece, shape: tuple[i
     Raises:
         ValueError: the checkpoint lacks them.
     """
-    start, stop = (piece.start, piece.stop) if piece.dim is None else (0, torch.Size(shape).numel())
-    found = source.elements(name, key, start, stop)
-    if found is None:
-        raise ValueError(f"{source.folder} has no {key} of {name}: a file is incomplete")
-    if piece.dim is None:
+
+    def read(start: int, stop: int) -> Tensor:
+        found = source.elements(name, key, start, stop)
+        if found is None:
+            raise ValueError(f"{source.folder} has no {key} of {name}: a file is incomplete")
         return found
-    return found.view(shape).narrow(piece.dim, piece.start, piece.stop - piece.start).reshape(-1)
+
+    return cut_piece(read, piece, shape)
+
+
+def cut_piece(read: Callable[[int, int], Tensor], piece: Piece, shape: tuple[int, ...]) -> Tensor:
+    """1-D elements of a piece of a parameter of ``shape``, of which ``read`` gives elements [start, stop)."""
+    if piece.dim is None:
+        return read(piece.start, piece.stop)
+    whole = read(0, torch.Size(shape).numel()).view(shape)
+    return whole.narrow(piece.dim, piece.start, piece.stop - piece.start).reshape(-1)
 
 
 def missing_keys(entry: Mapping[str, Any]) -> list[str]:

@@ -72,6 +72,13 @@ class Consolidated(Mapping[str, Tensor]):
                     f"{self._tag} is damaged or incomplete: DeepSpeed makes no weights of it "
                     f"({type(error).__name__}: {error})"
                 ) from error
+            # Of stage 1 the tool leaves frozen ones out, which lie in the model's file as they are.
+            states = self._tag / "mp_rank_00_model_states.pt"
+            content = load_file(states) if states.is_file() else None
+            module = content.get("module") if isinstance(content, Mapping) else None
+            for name, value in module.items() if isinstance(module, Mapping) else ():
+                if isinstance(value, Tensor) and name not in weights:
+                    weights[name] = value.float() if value.is_floating_point() else value
             self._weights = weights
         return self._weights
 

@@ -165,7 +165,8 @@ def test_the_first_step_says_once_and_on_rank_0_that_saves_need_a_call(pools):
     assert second == []
 
 
-def under_deepspeed(stage, early):
+def deepspeed_engine(stage, frozen=(), more=(), prefix=""):
+    """``more`` are full-rank parameters, by name; ``prefix`` goes before the names of the others."""
     import deepspeed
 
     model = Net()
@@ -173,9 +174,14 @@ def under_deepspeed(stage, early):
     groups = [{**low, "params": [p for g in groups[0::2] for p in g["params"]]} for low in groups[:1]] + [
         {"params": [p for g in groups[1::2] for p in g["params"]]}
     ]
+    for group in groups:
+        group["params"] = [(prefix + name, parameter) for name, parameter in group["params"]]
+    for name, parameter in more:
+        model.register_parameter(name, parameter)
+        groups[1]["params"].append((name, parameter))
     optimizer = ds_lowrank.LowRankAdamW(groups, lr=0.05)
-    frozen = model.layers[1]
-    frozen.requires_grad_(not early)
+    for layer in frozen:
+        model.layers[layer].requires_grad_(False)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
@@ -184,6 +190,12 @@ def under_deepspeed(stage, early):
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "sub_group_size": 150},
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return model, optimizer, engine
+
+
+def under_deepspeed(stage, early):
+    model, optimizer, engine = deepspeed_engine(stage, frozen=[1] if early else [])
+    frozen = model.layers[1]
 
     def train(*steps):
         for step in steps:
@@ -231,3 +243,32 @@ def test_deepspeed_trains_what_was_trainable_in_initialize(pools, stage, early):
             assert second == [True] * 6
         assert "cannot be added after deepspeed.initialize()" in said[0]
         assert "flat buffers of the engine and cannot be copied" in said[1]
+
+
+def freed_by_a_new_start(stage, folder):
+    answers = []
+    for frozen in ([1], []):
+        # What has no elements DeepSpeed puts into no buffer, either; its stage 3 cannot have it.
+        more = [("empty", nn.Parameter(torch.ones(0, 4)))] if stage < 3 else []
+        model, optimizer, engine = deepspeed_engine(stage, frozen, more, "layers.")
+        if not frozen:
+            loaded = ds_lowrank.load_checkpoint(folder, engine, optimizer)
+            answers.append((loaded.matrices, loaded.fresh))
+            answers.append([whole(p).clone() for p in model.parameters()])
+        for step in (0, 1):
+            engine.backward(engine(batch(step, dist.get_rank())))
+            engine.step()
+        if frozen:
+            engine.save_checkpoint(str(folder))
+        answers.append([whole(p).clone() for p in model.parameters()])
+        engine.destroy()
+    return answers
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_was_frozen_in_initialize_is_trained_by_a_new_start_from_a_checkpoint(pools, tmp_path, stage):
+    """As the refusal advises: the frozen weights are in DeepSpeed's files, and in none of our optimizer's."""
+    for saved, counts, loaded, after in pools(2).run(freed_by_a_new_start, stage, tmp_path):
+        assert counts == (2, 1)
+        assert all(map(torch.equal, saved, loaded))
+        assert [torch.equal(a, b) for a, b in zip(loaded, after)] == [p.numel() == 0 for p in after]
