@@ -8,13 +8,15 @@ from torch import nn
 
 from ds_lowrank.checkpoint import open_checkpoint
 from ds_lowrank.config import LowRankConfig
+from ds_lowrank.names import named_parameters
 from ds_lowrank.targets import AUTOMATIC, list_targets, module_of
 
 
 def keep_projected(config: LowRankConfig, model: nn.Module, folder: str | Path | None) -> LowRankConfig:
     """The configuration, with the names of those matrices in ``optim_target_modules`` that only a checkpoint projects.
 
-    ``all-linear`` leaves out heads, and what is not larger than the rank; earlier versions projected some of both.
+    ``all-linear`` leaves out heads, and what is not larger than the rank; earlier versions projected some of both. What
+    is frozen here is not named: its states are left behind.
 
     Args:
         config: of the run.
@@ -30,6 +32,7 @@ def keep_projected(config: LowRankConfig, model: nn.Module, folder: str | Path |
         saved = {module_of(name) for name in open_checkpoint(folder).matrices}
     except (ValueError, OSError):
         return config
-    kept = saved - {module_of(target.name) for target in list_targets(model, config).projected}
+    trained = {module_of(name) for name, parameter in named_parameters(model) if parameter.requires_grad}
+    kept = saved & trained - {module_of(target.name) for target in list_targets(model, config).projected}
     # As expressions for the whole of a name: a part of one would name others as well.
     return config.replace(optim_target_modules=[*patterns, *sorted(f"{name}$" for name in kept)]) if kept else config

@@ -325,6 +325,13 @@ def test_a_checkpoint_in_which_they_were_projected_says_how_to_go_on(tmp_path):
     assert keep_projected(before, other, tmp_path / "missing") is before
     assert keep_projected(kept, other, tmp_path) is kept
     assert keep_projected(before.replace(optim_target_modules="gate"), other, tmp_path).optim_target_modules == "gate"
+    # What is frozen by now needs no name, which would match nothing.
+    other.layers[0].requires_grad_(False)
+    frozen = keep_projected(before, other, tmp_path)
+    assert not any("layers.0" in name for name in frozen.optim_target_modules)
+    with pytest.warns(UserWarning, match="clamped"):
+        optimizer = ds_lowrank.build_optimizer(other, frozen)
+    assert ds_lowrank.load_checkpoint(tmp_path, other, optimizer).fresh == 0
 
 
 def test_the_advice_names_just_what_was_projected():
