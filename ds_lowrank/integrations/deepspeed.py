@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from ds_lowrank.config import BLOCK, LowRankConfig
 from ds_lowrank.gloo import await_gloo_at_exit
-from ds_lowrank.integrations.deepspeed_config import bf16_master, check_deepspeed_config, read_deepspeed_config
+from ds_lowrank.integrations.deepspeed_config import (
+    autocast_dtype,
+    bf16_master,
+    check_deepspeed_config,
+    read_deepspeed_config,
+)
 from ds_lowrank.integrations.zero_init import count_all_ranks
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.param_groups import param_groups
@@ -59,6 +64,8 @@ def deepspeed_optimizer(
             f'"auto" is filled in by the HF Trainer only: give {", ".join(automatic)} a value, or leave the key out'
         )
     config = LowRankConfig.from_deepspeed(content)
+    if config.gradient_dtype == "auto":
+        config = config.replace(gradient_dtype=autocast_dtype(content))
     if ranks is None:
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     optimizer = build_optimizer(model, config, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, ranks=ranks)

@@ -107,6 +107,13 @@ def read_deepspeed_config(config: str | Path | Mapping[str, Any], here: bool = T
         return reader.settings()
 
 
+def autocast_dtype(content: Mapping[str, Any]) -> str:
+    """``gradient_dtype`` under DeepSpeed's own autocast, whose weights are wider; ``auto`` without it."""
+    block = mapping(content.get("torch_autocast"))
+    narrow = is_on(block.get("enabled")) and block.get("dtype") in (None, "auto", "bfloat16", "bf16")
+    return "bfloat16" if narrow else "auto"
+
+
 def bf16_master(content: Mapping[str, Any]) -> bool:
     """Whether a DeepSpeed configuration asks for bf16 weights without an fp32 master copy."""
     return bool(bf16_block(content).get("bf16_master_weights_and_grads"))

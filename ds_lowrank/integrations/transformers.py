@@ -15,7 +15,7 @@ from ds_lowrank.integrations.by_hand import built_by_trainer as _built_by_traine
 from ds_lowrank.integrations.checkpoints import CheckpointCallback
 from ds_lowrank.integrations.ddp import exclude_from_ddp
 from ds_lowrank.integrations.deepspeed import build_optimizer
-from ds_lowrank.integrations.deepspeed_config import read_deepspeed_config
+from ds_lowrank.integrations.deepspeed_config import autocast_dtype, read_deepspeed_config
 from ds_lowrank.integrations.fsdp import check_fsdp_config
 from ds_lowrank.integrations.galore_arguments import with_galore_arguments
 from ds_lowrank.optimizer import LowRankAdamW
@@ -81,8 +81,9 @@ class _Factory:
             "eps": args.adam_epsilon,
             "weight_decay": args.weight_decay,
         }
-        if config.gradient_dtype == "auto" and deepspeed_config is None:
-            config = config.replace(gradient_dtype=_autocast(trainer, args))
+        if config.gradient_dtype == "auto":
+            cast = _autocast(trainer, args) if deepspeed_config is None else autocast_dtype(deepspeed_config)
+            config = config.replace(gradient_dtype=cast)
         if config.layerwise:
             check_layerwise(args)
             config = config.replace(accumulation_steps=args.gradient_accumulation_steps)

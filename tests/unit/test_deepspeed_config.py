@@ -56,6 +56,20 @@ def test_two_spellings_of_one_thing(one, other):
     assert kept[0] == kept[1]
 
 
+@pytest.mark.parametrize(
+    ("block", "own", "expected"),
+    [
+        ({"enabled": True, "dtype": "bfloat16"}, "auto", "bfloat16"),
+        ({"enabled": "true", "dtype": "bf16"}, "float32", "float32"),
+        ({"enabled": False, "dtype": "bfloat16"}, "auto", "auto"),
+    ],
+)
+def test_the_dtype_of_deepspeeds_autocast_is_that_of_the_gradients(block, own, expected):
+    """Its weights are fp32, and what bf16 rounded would count as directions of the gradient."""
+    config = {**GOOD, "torch_autocast": block, "lowrank": {"rank": 4, "gradient_dtype": own}}
+    assert ds_lowrank.deepspeed_optimizer(nn.Linear(8, 12), config).config.gradient_dtype == expected
+
+
 # What is wrong, and how each is told.
 FAULTS: list[tuple[dict, str]] = [
     ({"optimizer": {"type": "AdamW"}}, '"optimizer" block beside'),
