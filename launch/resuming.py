@@ -45,12 +45,12 @@ def resolve_resume(args: Any) -> None:
     if folder is not None:
         try:
             found = manifest.verify(folder, (_rank(), world_size()))
+            if found.facts.get("model_only"):
+                raise ValueError(f"{folder} was written with --save_only_model and has no optimizer to go on with")
+            step = _steps_made(folder)
             check_checkpoint(folder)
         except ValueError as error:
             raise ValueError(f"{flag}: {error}") from error
-        if found.facts.get("model_only"):
-            raise ValueError(f"{flag}: {folder} was written with --save_only_model and has no optimizer to go on with")
-        step = _steps_made(folder)
         if manifest.is_superseded(folder):
             raise ValueError(
                 f"{flag}: an earlier run left {folder}, and a later one started at a lower step: python -m "
