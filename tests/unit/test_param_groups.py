@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import ds_lowrank
 from ds_lowrank import LowRankConfig, param_groups, projected_names
@@ -392,3 +393,16 @@ def test_a_matrix_of_another_module_is_reached_by_its_own_name_alone(targets, na
             projected_names(model, config)
     else:
         assert projected_names(model, config) == names
+
+
+def test_what_peft_trains_whole_is_no_target():
+    """Its wrapper hides the head's name, and the base model's getters."""
+    peft = pytest.importorskip("peft")
+    shape = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    bert = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("bert", intermediate_size=64, **shape), attn_implementation="eager"
+    )
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query"])
+    names = ds_lowrank.projected_names(peft.get_peft_model(bert, lora), LowRankConfig(rank=4))
+    assert names
+    assert all("lora_" in name for name in names), "the factors alone are trainable, but for the head"
