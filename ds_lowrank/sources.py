@@ -237,7 +237,7 @@ class WholeSource:
         """AdamW's, of what is not projected: whole where this package, or any AdamW, has written them."""
         projected = {saved.parameter for saved in self.matrices.values()}
         rest = {name: set(entry) for name, entry in self._states.items() if name not in projected and entry}
-        whole = {name for name in rest if self._moment(name)}
+        whole = dict.fromkeys(name for name in rest if self._moment(name))  # in order: all ranks name the same fault
         for name, keys in rest.items():
             if name not in whole and keys <= _ADAMW and (ours or whole):
                 wanted = (*CODES, *SCALES, "step") if keys & {*CODES, *SCALES} else (*MOMENTS, "step")
@@ -248,7 +248,7 @@ class WholeSource:
             known = tuple(self._weights[name].shape) if name in self._weights else shape
             sizes = dict.fromkeys((*MOMENTS, *CODES), known)
             sizes.update(dict.fromkeys(SCALES, (count(torch.Size(known).numel()),)))
-            for key in rest[name] & set(sizes):
+            for key in [key for key in sizes if key in rest[name]]:
                 found = tuple(self._states[name][key].shape)
                 if ours and found != sizes[key]:
                     raise ValueError(f"{teller} is damaged: {key} of {name} is {found} in it, not {sizes[key]}")
