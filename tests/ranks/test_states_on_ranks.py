@@ -58,7 +58,7 @@ def _load_wrong(case: Case, key: str, value: Any) -> str:
 
 
 @pytest.mark.parametrize("state_dtype", ["fp32", "int8"])
-def test_moments_that_are_whole_on_every_rank_are_taken_by_shards(pools, state_dtype):
+def test_fsdp2_takes_its_shards_of_moments_that_are_whole_on_every_rank(pools, state_dtype):
     case = Case(layout="fsdp2", accumulation=1, targets=HALF, state_dtype=state_dtype)
     assert all(pools(2).run(_load_whole, case))
 
