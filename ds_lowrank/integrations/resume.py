@@ -32,7 +32,8 @@ class ResumeAnywhere:
     and the random states of those ranks that there were.
 
     Whoever loads it, a checkpoint is looked at before: see :func:`ds_lowrank.opening.check_checkpoint`.
-    ``resume_from_checkpoint=True`` takes :func:`ds_lowrank.newest_complete`, where there is one.
+    ``resume_from_checkpoint=True`` takes :func:`ds_lowrank.newest_complete`, where there is one. What a checkpoint has
+    projected stays so (:func:`ds_lowrank.keeping.keep_projected`).
     """
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -42,9 +43,11 @@ class ResumeAnywhere:
             newest = newest_complete(self.args.output_dir)  # type: ignore[attr-defined]
             resume_from_checkpoint = True if newest is None else str(newest)
         self._resumed = False
+        self.goes_on_with = resume_from_checkpoint if isinstance(resume_from_checkpoint, (str, Path)) else None
         with self._engine_left_alone():
             return trainer.train(resume_from_checkpoint, *args, **kwargs)
 
+    goes_on_with: str | Path | None = None  # read where the optimizer is made
     _resumed = True
     _checked: frozenset[str] = frozenset()
 

@@ -18,6 +18,7 @@ from ds_lowrank.integrations.deepspeed import build_optimizer
 from ds_lowrank.integrations.deepspeed_config import autocast_dtype, read_deepspeed_config
 from ds_lowrank.integrations.fsdp import check_fsdp_config
 from ds_lowrank.integrations.galore_arguments import with_galore_arguments
+from ds_lowrank.keeping import keep_projected
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.report import describe, unwrap
 
@@ -73,6 +74,7 @@ class _Factory:
         deepspeed_config = _deepspeed_config(args)
         notes = [] if deepspeed_config is None else read_deepspeed_config(deepspeed_config).notes
         config = resolve_config(config, args)
+        config = keep_projected(config, model, getattr(trainer, "goes_on_with", None))
         if hasattr(trainer, "accelerator"):
             check_trainer(trainer)
         adamw: dict[str, Any] = {

@@ -66,6 +66,17 @@ def test_an_attached_trainer_resumes_exactly(tmp_path):
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
+def test_a_resumed_trainer_projects_what_its_checkpoint_has_projected(tmp_path):
+    """Earlier versions projected some heads, and what is not larger than the rank; all-linear means them no more."""
+    for targets, resume in ((["all-linear", "lm_head"], None), ("all-linear", str(tmp_path / "checkpoint-1"))):
+        trainer = OwnInit(tmp_path, save_strategy="steps", save_steps=1)
+        ds_lowrank.attach(trainer, {"rank": 4, "optim_target_modules": targets})
+        trainer.train(resume_from_checkpoint=resume)
+        names = {plan.parameter for plan in trainer.optimizer.optimizer.plans}
+        assert "lm_head.weight" in names
+    assert len(names) == 15
+
+
 def test_resume_from_checkpoint_true_takes_the_newest_that_counts(tmp_path):
     """The Trainer by itself would take checkpoint-4, which an earlier run has left."""
     saves = {"save_strategy": "steps", "save_steps": 2}
