@@ -140,7 +140,7 @@ def _damage(before: Path, folder: Path, change, rank: int) -> Path:
     """A copy, in which a rank's file is changed."""
     _copy(before, folder)
     (path,) = folder.glob(f"*/*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-    content = torch.load(path, weights_only=False)
+    content = torch.load(path, weights_only=False)  # DeepSpeed's own objects too, to write them again; a test wrote it
     state = content["optimizer_state_dict"]
     change(state["base_optimizer_state"] if "base_optimizer_state" in state else state["optimizer_state_dict"])
     torch.save(content, path)
