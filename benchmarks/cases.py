@@ -18,10 +18,10 @@ from low_bit import LowBitReference
 from storage import state_bytes
 from torch import Tensor, nn
 
-from ds_lowrank.bases import Bases
-from ds_lowrank.geometry import matrix_shape
+from ds_lowrank.engine.bases import Bases
 from ds_lowrank.layouts import Piece
 from ds_lowrank.optimizer import STATE_KEY, LowRankAdamW
+from ds_lowrank.plan.geometry import matrix_shape
 from ds_lowrank.reference import Reference
 
 T = TypeVar("T")
@@ -378,7 +378,7 @@ def _joined(optimizer: LowRankAdamW, gathered: list[dict[str, tuple[Piece, Tenso
             if member.name not in table:
                 continue
             piece, values = table[member.name]
-            key = rank if optimizer.layout.dealt else copy[rank]
+            key = rank if optimizer.layout.replicated else copy[rank]
             target = copies.setdefault(key, torch.full(member.shape, float("nan"), dtype=values.dtype))
             if piece.dim is None:
                 target.view(-1)[piece.start : piece.stop] = values

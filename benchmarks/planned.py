@@ -18,9 +18,9 @@ from storage import state_bytes
 from table import Row
 from tracker import Tracker
 
-from ds_lowrank.pieces import EIGHT_BIT_KEY, STATE_KEY
 from ds_lowrank.planner import MemoryPlan, from_deepspeed, low_rank_config, plan_setup, read_model
 from ds_lowrank.planner.setup import Setup
+from ds_lowrank.state_dict.pieces import EIGHT_BIT_KEY, STATE_KEY
 
 LAYOUTS = ("zero1", "zero2", "zero3", "fsdp2")
 ZERO: dict[str, Any] = {

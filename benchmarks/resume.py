@@ -34,11 +34,11 @@ from table import Row, json_argument, show
 from torch import Tensor
 
 import ds_lowrank
-from ds_lowrank.adamw8bit import AdamW8bit
-from ds_lowrank.adamw8bit_states import EightBitFullRank
+from ds_lowrank.full_rank.adamw8bit import AdamW8bit
+from ds_lowrank.full_rank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.layouts import local_tensors
 from ds_lowrank.optimizer import STATE_KEY, LowRankAdamW
-from ds_lowrank.pieces import EIGHT_BIT_KEY
+from ds_lowrank.state_dict.pieces import EIGHT_BIT_KEY
 from ds_lowrank.states.blocks import BLOCK
 
 STEPS, MICRO_BATCHES = (5, 7), 12
@@ -280,7 +280,7 @@ def whole_state(optimizer: LowRankAdamW) -> dict[str, Any]:
     for rank in optimizer.comm.gather_objects(states):
         for name, state in rank.items():
             plan = plans[name]
-            for key, rows in optimizer.formats.rows(plan.rank, plan.dtype).items():
+            for key, rows in optimizer.formats.rows(plan.r, plan.dtype).items():
                 if key in state:
                     place, size = ("basis_row", plan.short) if rows.of == "basis" else ("row", plan.long)
                     target = found.setdefault(f"{name} {key}", torch.zeros(size, rows.width, dtype=rows.dtype))

@@ -20,7 +20,8 @@ from ds_lowrank.optimizer import LowRankAdamW, construction_checks
 from ds_lowrank.param_groups import param_groups, projected_names
 
 if TYPE_CHECKING:
-    from ds_lowrank.checkpoint import Loaded, load_checkpoint, open_checkpoint
+    from ds_lowrank.checkpoint.load import Loaded, load_checkpoint
+    from ds_lowrank.checkpoint.opening import open_checkpoint
     from ds_lowrank.integrations.attach import attach
     from ds_lowrank.integrations.checkpoints import PREEMPTED_EXIT_CODE, CheckpointCallback
     from ds_lowrank.integrations.resume import ResumeAnywhere
@@ -62,15 +63,15 @@ construction_checks.append(refuse_what_a_trainer_would_drop)
 _LATE = {
     "PREEMPTED_EXIT_CODE": "integrations.checkpoints",
     "CheckpointCallback": "integrations.checkpoints",
-    "Loaded": "checkpoint",
+    "Loaded": "checkpoint.load",
     "LowRankCallback": "integrations.transformers",
     "ResumeAnywhere": "integrations.resume",
     "attach": "integrations.attach",
     "describe": "report",
-    "load_checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoint.load",
     "long_side_placement": "layouts.fsdp",
     "metrics": "integrations.transformers",
-    "open_checkpoint": "checkpoint",
+    "open_checkpoint": "checkpoint.opening",
     "trainer_optimizer": "integrations.transformers",
 }
 

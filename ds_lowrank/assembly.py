@@ -13,19 +13,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ds_lowrank.adamw8bit_states import EightBitFullRank
-from ds_lowrank.comm import Comm
+from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
-from ds_lowrank.full_rank import FullRank, WideFullRank, weight_rounding
-from ds_lowrank.gradients import GradientCheck
-from ds_lowrank.layerwise import Layerwise
+from ds_lowrank.engine.backward import Layerwise
+from ds_lowrank.engine.gradients import GradientCheck
+from ds_lowrank.engine.refresh import MatrixState, Refresher, gram_dtype_on, tensor_of
+from ds_lowrank.engine.step import Groups, LowRankStep
+from ds_lowrank.full_rank.adamw import FullRank, WideFullRank, weight_rounding
+from ds_lowrank.full_rank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.layouts import Layout, LayoutError, Member, ParameterLayout, check_excluded, find_layout, whole_shape
-from ds_lowrank.parameter_states import ParameterStates
-from ds_lowrank.plan import MatrixPlan, make_plan
-from ds_lowrank.refresh import MatrixState, Refresher, gram_dtype_on, tensor_of
-from ds_lowrank.specs import LOWRANK_KEYS, MatrixSpec, check_dtypes, make_specs
+from ds_lowrank.plan.matrices import MatrixPlan, make_plan
+from ds_lowrank.plan.specs import LOWRANK_KEYS, MatrixSpec, check_dtypes, make_specs
+from ds_lowrank.state_dict.parameter_states import ParameterStates
 from ds_lowrank.states.formats import Formats
-from ds_lowrank.step import Groups, LowRankStep
 
 
 def register_group(
@@ -223,7 +223,7 @@ def step_in_backward(
     Args:
         found: the assembly.
         config: the optimizer's own options.
-        states, groups, step_full_rank: see :class:`ds_lowrank.layerwise.Layerwise`.
+        states, groups, step_full_rank: see :class:`ds_lowrank.engine.backward.Layerwise`.
 
     Raises:
         ds_lowrank.LayoutError: a framework's engine decides when to step, or DDP averages the same gradients.
@@ -232,12 +232,12 @@ def step_in_backward(
     if not layout.steps_alone:
         raise LayoutError(f"layerwise is not supported under {layout.kind}: its engine decides when to step")
     projected = {plan.parameter for plan in found.plans}
-    members = [m for m in found.members if m.name in projected or not layout.dealt]
+    members = [m for m in found.members if m.name in projected or not layout.replicated]
 
     def average(gradient: Tensor) -> None:
         comm.all_reduce(gradient, "gradients").wait().div_(comm.ranks.size)
 
-    if layout.dealt:
+    if layout.replicated:
         check_excluded(members)
     return Layerwise(
         {m.name: m.parameter for m in members},
@@ -246,7 +246,7 @@ def step_in_backward(
         states,
         groups,
         step_full_rank,
-        average if layout.dealt else None,
+        average if layout.replicated else None,
         config.wave_size,
         config.accumulation_steps,
     )

@@ -58,7 +58,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from ds_lowrank.inspect import describe_checkpoint, print_checkpoint  # imports torch and DeepSpeed: --help does not
+    from ds_lowrank.checkpoint.contents import (  # imports torch and DeepSpeed: --help does not
+        describe_checkpoint,
+        print_checkpoint,
+    )
 
     facts = describe_checkpoint(args.checkpoint)
     if args.json:

@@ -4,7 +4,8 @@ Knows folders and files, no ranks and no mathematics. The order of what reaches 
 then their directories, then the marker in one atomic rename. Removal goes the other way round, marker first. So a crash
 at any moment leaves a folder with a marker, which is whole, or one without, which is passed over.
 
-``python -m ds_lowrank.manifest FOLDER`` marks a checkpoint that something else wrote and whose owner knows it is whole.
+``python -m ds_lowrank.manifest FOLDER`` marks a checkpoint that something else wrote and whose owner knows
+it is whole.
 
 A run may start below checkpoints that an earlier one has left. Those stay, whole, with a second file beside the marker
 that says so: they are passed over until they are written anew or marked again.
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_lowrank.folders import check_links, member
+from ds_lowrank.checkpoint.folders import check_links, member
 
 MARKER = "complete.json"
 SUPERSEDED = "superseded.json"

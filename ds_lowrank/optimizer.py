@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 from torch.distributed.algorithms.join import Joinable
 
-from ds_lowrank.adopt import adopt_states, own_entries, take_entries
 from ds_lowrank.assembly import assemble, move_histories, prepare_group, register_group, step_in_backward
-from ds_lowrank.comm import Comm
+from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
-from ds_lowrank.full_rank import FullRank, keep_dtypes
-from ds_lowrank.joining import JoinableOptimizer, check_join, handed_over
-from ds_lowrank.layerwise import Layerwise
+from ds_lowrank.engine.backward import Layerwise
+from ds_lowrank.engine.joining import JoinableOptimizer, check_join, handed_over
+from ds_lowrank.engine.refresh import MatrixState, Refresher, RefreshStats
+from ds_lowrank.engine.step import LowRankStep
+from ds_lowrank.full_rank.adamw import FullRank, keep_dtypes
 from ds_lowrank.layouts import Layout, Member, check_left_out, ddp_models, in_join
-from ds_lowrank.parameter_states import CONSOLIDATE
-from ds_lowrank.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, STATE_KEY, describe_pieces
-from ds_lowrank.plan import MatrixPlan
-from ds_lowrank.refresh import MatrixState, Refresher, RefreshStats
-from ds_lowrank.specs import MatrixSpec
+from ds_lowrank.plan.matrices import MatrixPlan
+from ds_lowrank.plan.specs import MatrixSpec
+from ds_lowrank.state_dict.adopt import adopt_states, own_entries, take_entries
+from ds_lowrank.state_dict.parameter_states import CONSOLIDATE
+from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, STATE_KEY, describe_pieces
 from ds_lowrank.states.formats import Formats
-from ds_lowrank.step import LowRankStep
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class LowRankAdamW(JoinableOptimizer):
         return list(self._specs)
 
     def new_state(self, plan: MatrixPlan) -> MatrixState | None:
-        """What this rank keeps of a matrix before its first step; see :meth:`ds_lowrank.step.LowRankStep.new_state`."""
+        """What this rank keeps of a matrix before its first step; see ``LowRankStep.new_state``."""
         self.ensure_state()
         assert self._stepper is not None
         return self._stepper.new_state(plan)
@@ -303,7 +303,7 @@ class LowRankAdamW(JoinableOptimizer):
         self._members, self._plans, self._comm = found.members, found.plans, found.comm
         self._left_out = found.left_out
         found.refresher.stats = self.take_stats()
-        self._ddp_models = ddp_models([m.parameter for m in self._members]) if found.layout.dealt else []
+        self._ddp_models = ddp_models([m.parameter for m in self._members]) if found.layout.replicated else []
         self._stepper, self._refresher, self.full_rank = found.stepper, found.refresher, found.full_rank
         self._gradients = found.gradients
         if found.states is not None:
@@ -331,7 +331,7 @@ class LowRankAdamW(JoinableOptimizer):
         """The state as a framework saves it. Collective but on one process and under DeepSpeed and DDP.
 
         Under FSDP2 and on one process every projected parameter has an entry as any other has, DTensors or tensors of
-        global shape: see docs/checkpoints.md, and :class:`ds_lowrank.parameter_states.ParameterStates`. Under DDP the
+        global shape: see docs/checkpoints.md, and :mod:`ds_lowrank.state_dict.parameter_states`. Under DDP the
         states are dealt over the ranks: call :meth:`consolidate_state_dict` on all of them before. Under DeepSpeed,
         whose groups hold flat buffers, every rank saves its own rows with a description of where they belong.
 
@@ -340,7 +340,7 @@ class LowRankAdamW(JoinableOptimizer):
         """
         if self._layout is None and not self.state:
             return super().state_dict()  # accelerate takes it before the model is sharded
-        if self._layout is not None and self._layout.dealt and self._consolidated is None:
+        if self._layout is not None and self._layout.replicated and self._consolidated is None:
             raise RuntimeError(CONSOLIDATE)
         self.ensure_state()
         assert self._layout is not None
@@ -350,7 +350,7 @@ class LowRankAdamW(JoinableOptimizer):
             return packed
         states = packed["state"].pop(STATE_KEY)
         packed["state"].pop(EIGHT_BIT_KEY, None)
-        entries = self._consolidated if self._layout.dealt else self._parameter_states.collect(states)
+        entries = self._consolidated if self._layout.replicated else self._parameter_states.collect(states)
         entries = {**(entries or {}), **self.full_rank.collect(self.state)}
         for index, member in enumerate(self._members):
             if member.name in entries:
@@ -365,7 +365,7 @@ class LowRankAdamW(JoinableOptimizer):
         self.ensure_state()
         assert self._layout is not None
         self.reminded = True
-        if self._layout.dealt:
+        if self._layout.replicated:
             takers = range(self._layout.ranks.size) if to is None else [to]
             entries = self._parameter_states.collect(self.state[STATE_KEY], takers)  # type: ignore[index]
             self._consolidated = entries if self._layout.ranks.rank in takers else None
@@ -419,12 +419,12 @@ class LowRankAdamW(JoinableOptimizer):
         self.ensure_state()
         assert self._layout is not None
         check_join(self, self._layout, self._ddp_models)
-        if self._layout.dealt and not self.reminded:
+        if self._layout.replicated and not self.reminded:
             self.reminded = True
             if self._layout.ranks.rank == 0:
                 logger.warning("before every save: %s", CONSOLIDATE)
         self._consolidated = None
-        joined = self._layout.dealt and in_join(self)
+        joined = self._layout.replicated and in_join(self)
         with handed_over(self._members, self._all_groups, self._comm, has_data) if joined else nullcontext():
             self._step_members(self._layout)
 

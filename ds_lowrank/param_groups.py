@@ -11,8 +11,8 @@ from torch import nn
 
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.layouts import whole_shape
-from ds_lowrank.names import clean_name, named_parameters, named_weights
-from ds_lowrank.targets import Target, Targets, find_targets, list_targets
+from ds_lowrank.targets.names import clean_name, named_parameters, named_weights
+from ds_lowrank.targets.patterns import Target, Targets, find_targets, list_targets
 
 __all__ = [
     "MAX_GROUPS",

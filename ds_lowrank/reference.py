@@ -63,10 +63,10 @@ class Reference:
                 "above": min(r, m, n),
             }
         if stagger:
-            self.spread(-(-len(ranks) // wave_size))
+            self.stagger(-(-len(ranks) // wave_size))
         self.plain = {name: {"t": 0} for name in weights if name not in ranks}
 
-    def spread(self, waves: int) -> None:
+    def stagger(self, waves: int) -> None:
         """Wave w has the phase ⌊w τ / W⌋; of W neighbours, the costliest goes to the wave that has the least so far."""
         names, filled = list(self.matrices), [(0, wave) for wave in range(waves)]
         while names:

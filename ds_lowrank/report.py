@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ds_lowrank.full_rank import moment_bytes
+from ds_lowrank.full_rank.adamw import moment_bytes
 from ds_lowrank.optimizer import LowRankAdamW
-from ds_lowrank.plan import MatrixPlan
+from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.states.formats import Formats
 
 
@@ -106,14 +106,14 @@ def make_report(optimizer: LowRankAdamW) -> Report:
     low = [sum(_state_bytes(p, k, optimizer.formats) for p in plans) for k in range(ranks)]
     held = [sum(_held(p, k) * p.weight_dtype.itemsize for p in plans) for k in range(ranks)]
     # Full-rank parameters are cut evenly, whatever they are, but for layouts that cut nothing.
-    over = 1 if layout.dealt else len(layout.ranks.mates)
+    over = 1 if layout.replicated else len(layout.ranks.shard_group)
     ours = optimizer.formats.state_dtype
     kept = sum(moment_bytes(ours, layout.dtype(m.name), numel[m.name]) for m in rest)
     full, theirs = (-(-count // over) for count in (kept, sum(2 * numel[m.name] * adamw[m.name] for m in rest)))
     return Report(
         layout=layout.kind,
         ranks=ranks,
-        projected=dict(Counter((*p.shape, p.rank) for p in plans)),
+        projected=dict(Counter((*p.shape, p.r) for p in plans)),
         projected_numel=sum(p.shape[0] * p.shape[1] for p in plans),
         full_rank=[(m.name, m.shape) for m in rest],
         full_rank_numel=sum(numel[m.name] for m in rest),
@@ -164,7 +164,7 @@ def print_report(report: Report, console: Console | None = None, most_names: int
 
 def _state_bytes(plan: MatrixPlan, rank: int, formats: Formats) -> int:
     share = plan.shares[rank]
-    return 0 if share is None else formats.bytes(share.rows, plan.kept(rank), plan.rank, plan.dtype)
+    return 0 if share is None else formats.bytes(share.rows, plan.kept(rank), plan.r, plan.dtype)
 
 
 def _held(plan: MatrixPlan, rank: int) -> int:

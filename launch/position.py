@@ -12,8 +12,8 @@ from arguments import PretrainArguments
 from stream import PackedStream
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ds_lowrank.checkpoint.safe_load import load_file
 from ds_lowrank.integrations.checkpoints import together
-from ds_lowrank.safe_load import load_file
 
 
 class StreamPosition(TrainerCallback):

@@ -43,9 +43,9 @@ from transformers.modeling_utils import set_zero3_state
 import ds_lowrank
 from ds_lowrank.integrations.full_disk import say_last
 from ds_lowrank.integrations.transformers import check_layerwise
-from ds_lowrank.keeping import keep_projected
 from ds_lowrank.layouts import whole_shape
-from ds_lowrank.targets import find_targets
+from ds_lowrank.targets.keeping import keep_projected
+from ds_lowrank.targets.patterns import find_targets
 
 
 def main(argv: list[str]) -> int:

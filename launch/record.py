@@ -22,8 +22,8 @@ from stream import PackedStream
 from transformers import PretrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ds_lowrank import LowRankConfig
+from ds_lowrank.checkpoint.opening import has_low_rank
 from ds_lowrank.integrations.checkpoints import on_rank_0
-from ds_lowrank.opening import has_low_rank
 
 FILE = "run.json"
 # Of the checkpoint: the schedule that has begun goes on, unless --override_lr takes the command line's.

@@ -10,7 +10,7 @@ from typing import Any
 from sharding import world_size
 
 from ds_lowrank import manifest
-from ds_lowrank.opening import check_checkpoint, trainer_step
+from ds_lowrank.checkpoint.opening import check_checkpoint, trainer_step
 
 
 def resolve_resume(args: Any) -> None:

@@ -1,6 +1,7 @@
 """Crash-safe checkpoints for any HF Trainer: marked when complete, written when the run is preempted, kept by number.
 
-The Trainer writes the files; :class:`CheckpointCallback` decides when they count (:mod:`ds_lowrank.manifest`).
+The Trainer writes the files; :class:`CheckpointCallback` decides when they count
+(:mod:`ds_lowrank.manifest`).
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_lowrank.comm.gloo import await_gloo_at_exit
 from ds_lowrank.config import BLOCK, LowRankConfig
-from ds_lowrank.gloo import await_gloo_at_exit
 from ds_lowrank.integrations.deepspeed_config import (
     autocast_dtype,
     bf16_master,
@@ -129,9 +129,9 @@ def prepare_cpu() -> None:
     """Make DeepSpeed start on a machine without an accelerator without compiling anything, and ranks end there orderly.
 
     DeepSpeed's CPU backend builds a shared-memory extension at its first start (about a minute, and a C++ compiler);
-    gloo serves without it. Gloo's threads are waited for when the process ends (:mod:`ds_lowrank.gloo`). Models that
-    the Trainer partitions under stage 3 are cut for all ranks without ``deepspeed.init_distributed()``. Call before
-    ``torch.distributed`` is initialised; does nothing where torch sees a GPU or another accelerator.
+    gloo serves without it. Gloo's threads are waited for when the process ends (:mod:`ds_lowrank.comm.gloo`). Models
+    that the Trainer partitions under stage 3 are cut for all ranks without ``deepspeed.init_distributed()``. Call
+    before ``torch.distributed`` is initialised; does nothing where torch sees a GPU or another accelerator.
     """
     if torch.accelerator.is_available():
         return

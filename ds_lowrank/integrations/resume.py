@@ -9,14 +9,14 @@ from typing import Any
 
 import transformers.trainer
 
-from ds_lowrank.checkpoint import load_checkpoint
+from ds_lowrank.checkpoint.load import load_checkpoint
+from ds_lowrank.checkpoint.opening import check_checkpoint, has_low_rank
+from ds_lowrank.checkpoint.safe_load import load_file
 from ds_lowrank.integrations.checkpoints import together
 from ds_lowrank.integrations.transformers import _Factory
 from ds_lowrank.layouts.zero_files import optimizer_files, saved_by_stage3, tag_folder
 from ds_lowrank.manifest import newest_complete
-from ds_lowrank.opening import check_checkpoint, has_low_rank
 from ds_lowrank.report import unwrap
-from ds_lowrank.safe_load import load_file
 
 
 class ResumeAnywhere:
@@ -31,9 +31,9 @@ class ResumeAnywhere:
     the checkpoint left off, and the Trainer the rest: its step, the position in the data, the learning-rate schedule
     and the random states of those ranks that there were.
 
-    Whoever loads it, a checkpoint is looked at before: see :func:`ds_lowrank.opening.check_checkpoint`.
+    Whoever loads it, a checkpoint is looked at before: see :func:`ds_lowrank.checkpoint.opening.check_checkpoint`.
     ``resume_from_checkpoint=True`` takes :func:`ds_lowrank.newest_complete`, where there is one. What a checkpoint has
-    projected stays so (:func:`ds_lowrank.keeping.keep_projected`).
+    projected stays so (:func:`ds_lowrank.targets.keeping.keep_projected`).
     """
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:

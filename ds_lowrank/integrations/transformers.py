@@ -18,9 +18,9 @@ from ds_lowrank.integrations.deepspeed import build_optimizer
 from ds_lowrank.integrations.deepspeed_config import autocast_dtype, read_deepspeed_config
 from ds_lowrank.integrations.fsdp import check_fsdp_config
 from ds_lowrank.integrations.galore_arguments import with_galore_arguments
-from ds_lowrank.keeping import keep_projected
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.report import describe, unwrap
+from ds_lowrank.targets.keeping import keep_projected
 
 
 def trainer_optimizer(

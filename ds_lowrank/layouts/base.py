@@ -97,7 +97,7 @@ class Ranks:
             self.copy_group = self.process_group
 
     @cached_property
-    def mates(self) -> list[int]:
+    def shard_group(self) -> list[int]:
         """The ranks that share this rank's copy of the model, itself included, ascending."""
         return [k for k in range(self.size) if self.copy[k] == self.copy[self.rank]]
 
@@ -109,7 +109,7 @@ class Layout(Protocol):
         kind: name for humans, e.g. ``"ZeRO-2"``.
         ranks: who shares the model.
         pieces: parameter name -> the piece this rank holds; parameters of which it holds nothing are absent.
-        dealt: every rank holds every parameter whole, and the rows of matrices are to be dealt out over the ranks.
+        replicated: every rank holds every parameter whole, and the rows of matrices are to be dealt out over the ranks.
         steps_alone: a parameter may step as soon as it has its gradient.
         by_parameter: the optimizer's groups hold the model's own parameters, so that its saved state can have an entry
             for each of them; otherwise they hold flat buffers.
@@ -117,7 +117,7 @@ class Layout(Protocol):
 
     kind: str
     ranks: Ranks
-    dealt: bool
+    replicated: bool
     steps_alone: bool
     by_parameter: bool
 

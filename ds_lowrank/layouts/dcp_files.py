@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lowrank.folders import member
-from ds_lowrank.safe_load import HoldsObjects, load_bytes
+from ds_lowrank.checkpoint.folders import member
+from ds_lowrank.checkpoint.safe_load import HoldsObjects, load_bytes
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 # All classes that .metadata of torch 2.6 to 2.13 holds; dtypes, sizes and layouts come beside them.

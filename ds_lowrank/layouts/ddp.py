@@ -39,8 +39,8 @@ class ReplicatedLayout:
         dist = torch.distributed
         if dist.is_available() and dist.is_initialized():
             self.ranks = Ranks(None, dist.get_rank(), dist.get_world_size(), device)
-        self.dealt = self.ranks.size > 1
-        self.kind = "DDP" if self.dealt else "one process"
+        self.replicated = self.ranks.size > 1
+        self.kind = "DDP" if self.replicated else "one process"
         self.pieces = {m.name: Piece(0, m.parameter.numel()) for m in members}
 
     def weight(self, name: str) -> Tensor:  # noqa: D102
@@ -83,7 +83,7 @@ class ReplicatedLayout:
         return None
 
     def checksums(self, what: str) -> dict[tuple[str, Any], Any] | None:  # noqa: D102
-        if not self.dealt:
+        if not self.replicated:
             return None
         values = {n: m.parameter.data if what == "weights" else m.parameter.grad for n, m in self._members.items()}
         return {(n, None): None if t is None else checksum(t.contiguous()) for n, t in values.items()}

@@ -66,7 +66,7 @@ class Fsdp2Layout:
     def __init__(self, members: Sequence[Member]):
         self._tensors = Tensors()
         self._parameters: dict[str, Any] = {}
-        self.dealt = False
+        self.replicated = False
         self.pieces: dict[str, Piece] = {}
         first = next(m.parameter for m in members if isinstance(m.parameter, DTensor))
         mesh = first.device_mesh

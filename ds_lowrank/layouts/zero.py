@@ -53,7 +53,7 @@ class ZeroLayout:
     """Pieces of parameters in the flat partitions of DeepSpeed's stages 1 and 2."""
 
     kind = "ZeRO-1/2"
-    dealt = False
+    replicated = False
     steps_alone = False
     by_parameter = False
 

@@ -38,7 +38,7 @@ class Zero3Layout:
     """Pieces of parameters in the flat sub-groups of DeepSpeed's stage 3."""
 
     kind = "ZeRO-3"
-    dealt = False
+    replicated = False
     steps_alone = False
     by_parameter = False
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_lowrank.folders import member, read_text
+from ds_lowrank.checkpoint.folders import member, read_text
 
 _OPTIMIZER_FILE = re.compile(r".*zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 

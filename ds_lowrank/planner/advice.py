@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ds_lowrank.config import LowRankConfig
+from ds_lowrank.planner.arrangement import Arrangement, find_places
 from ds_lowrank.planner.memory import MemoryPlan, check_gpu_memory, plan_setup
 from ds_lowrank.planner.model import Model
-from ds_lowrank.planner.places import Places, find_places
 from ds_lowrank.planner.setup import Setup
 
 _MOST_RANKS = 64
@@ -44,7 +44,7 @@ def advise(model: Model, config: LowRankConfig, setup: Setup, gpu_memory: float,
         ValueError: see :func:`ds_lowrank.planner.memory.check_gpu_memory`.
     """
     check_gpu_memory(gpu_memory, margin)
-    places: dict[tuple[str, int, str, int], Places] = {}
+    places: dict[tuple[str, int, str, int], Arrangement] = {}
 
     @functools.cache  # changes are tried one by one, and then together
     def planned(run: Setup) -> MemoryPlan:

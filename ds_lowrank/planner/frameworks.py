@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from ds_lowrank.layouts.base import Piece
 from ds_lowrank.layouts.cuts import Shape
+from ds_lowrank.planner.arrangement import Arrangement, padded_share, partition_size
 from ds_lowrank.planner.live import live_elements
 from ds_lowrank.planner.model import Model
-from ds_lowrank.planner.places import Places, padded_share, partition_size
 from ds_lowrank.planner.setup import DTYPES, Setup
 
 _NORM = 8  # DeepSpeed widens one gradient at a time to fp64 for the norm
@@ -56,7 +56,7 @@ class Frame:
     host: int = 0
 
 
-def frames(model: Model, places: Places, setup: Setup) -> list[Frame]:
+def frames(model: Model, places: Arrangement, setup: Setup) -> list[Frame]:
     """What the framework of ``setup`` holds on each rank."""
     if setup.kind in ("zero1", "zero2"):
         return _zero12(model, places, setup)
@@ -73,7 +73,7 @@ def _largest(shapes: Iterable[Shape]) -> int:
     return max(map(math.prod, shapes))
 
 
-def _zero12(model: Model, places: Places, setup: Setup) -> list[Frame]:
+def _zero12(model: Model, places: Arrangement, setup: Setup) -> list[Frame]:
     b, m, n = setup.width, setup.master_width, setup.ranks
     partitions = [partition_size(group, n) for group in places.groups]
     weights = sum(size * n for size in partitions) * b + model.buffer_bytes
@@ -151,7 +151,7 @@ def _sent_of(model: Model, setup: Setup) -> tuple[int, dict[int, int], int]:
     return layers, by_layer, rest
 
 
-def _zero3(model: Model, places: Places, setup: Setup) -> Frame:
+def _zero3(model: Model, places: Arrangement, setup: Setup) -> Frame:
     b, m = setup.width, setup.master_width
     share = {name: padded_share(shape, setup) for name, shape in model.shapes.items()}
     total = sum(share.values())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lowrank.plan import MatrixPlan
+from ds_lowrank.plan.matrices import MatrixPlan
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Holding:
         part: elements that the rank holds.
         kept: rows of the basis.
         owns: 1 where the rank decomposes it, else 0.
-        witness: 1 where the rank's rows go into the Gram, else 0.
+        contributes: 1 where the rank's rows go into the Gram, else 0.
     """
 
     plan: MatrixPlan
@@ -37,7 +37,7 @@ class Holding:
     part: Tensor
     kept: Tensor
     owns: Tensor
-    witness: Tensor
+    contributes: Tensor
 
 
 def holdings(plans: Sequence[MatrixPlan]) -> list[Holding]:
@@ -46,14 +46,14 @@ def holdings(plans: Sequence[MatrixPlan]) -> list[Holding]:
     found = []
     for plan in plans:
         # Tuples of one identity are what plan_matrices gives to matrices that are cut alike.
-        key = (id(plan.shares), id(plan.parts), plan.spread, plan.short)
+        key = (id(plan.shares), id(plan.parts), plan.basis_sharded, plan.short)
         if key not in known:
             known[key] = _numbers(plan)
         owns = torch.zeros(len(plan.copy), dtype=torch.int64)
         owns[plan.owner] = 1
-        witness = torch.zeros_like(owns)
-        witness[plan.witnesses] = 1
-        found.append(Holding(plan, owns=owns, witness=witness, **known[key]))
+        contributes = torch.zeros_like(owns)
+        contributes[plan.contributors] = 1
+        found.append(Holding(plan, owns=owns, contributes=contributes, **known[key]))
     return found
 
 

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from ds_lowrank.config import LowRankConfig
+from ds_lowrank.engine.refresh import gram_dtype_on
 from ds_lowrank.layouts import BF16_MASTER
 from ds_lowrank.planner.activations import Activations, activations
+from ds_lowrank.planner.arrangement import Arrangement, find_places
 from ds_lowrank.planner.frameworks import Frame, frames
 from ds_lowrank.planner.model import Model, read_model
-from ds_lowrank.planner.places import Places, find_places
 from ds_lowrank.planner.setup import Setup, from_deepspeed, from_fsdp, low_rank_config
 from ds_lowrank.planner.states import OPTIMIZERS, States, states_of
 from ds_lowrank.planner.temporaries import temporaries
-from ds_lowrank.refresh import gram_dtype_on
 
 TERMS = ("weights", "master", "states", "bases", "gradients", "buckets", "activations", "temporaries")
 GIB = 2**30
@@ -170,7 +170,7 @@ def plan_memory(
     return plan_setup(known, config, setup.replace(state_dtype=config.state_dtype, basis_dtype=config.basis_dtype))
 
 
-def plan_setup(model: Model, config: LowRankConfig, setup: Setup, places: Places | None = None) -> MemoryPlan:
+def plan_setup(model: Model, config: LowRankConfig, setup: Setup, places: Arrangement | None = None) -> MemoryPlan:
     """Plan a run that has been described already; see :func:`plan_memory`.
 
     Args:
@@ -241,7 +241,7 @@ def _on_rank(
 
 
 def _steps(
-    optimizer: str, places: Places, setup: Setup, held: list[Frame], states: list[States], gram_width: int
+    optimizer: str, places: Arrangement, setup: Setup, held: list[Frame], states: list[States], gram_width: int
 ) -> list[tuple[int, int, int]]:
     """The most in a call of ``step()`` on each rank: an ordinary one, one with refreshes, and of that the solver's
     workspace."""

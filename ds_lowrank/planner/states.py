@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_lowrank.full_rank import moment_dtype
+from ds_lowrank.full_rank.adamw import moment_dtype
 from ds_lowrank.layouts.base import Piece
 from ds_lowrank.layouts.cuts import Shape
+from ds_lowrank.planner.arrangement import Arrangement, padded_share, partition_size
 from ds_lowrank.planner.formats import adamw8bit_bytes, rows_bytes
-from ds_lowrank.planner.places import Places, padded_share, partition_size
 from ds_lowrank.planner.setup import Setup
 from ds_lowrank.states.runs import runs_of
 
@@ -32,7 +32,7 @@ class States:
     temporaries: int = 0
 
 
-def held_tensors(places: Places, setup: Setup) -> list[tuple[int, ...]]:
+def held_tensors(places: Arrangement, setup: Setup) -> list[tuple[int, ...]]:
     """Elements of each tensor that a rank's optimizer is given, by rank: flat buffers, shards or whole parameters."""
     if setup.kind in ("zero1", "zero2"):
         return [tuple(partition_size(group, setup.ranks) for group in places.groups)] * setup.ranks
@@ -43,7 +43,7 @@ def held_tensors(places: Places, setup: Setup) -> list[tuple[int, ...]]:
     return [tuple(p.stop - p.start for p in pieces.values()) for pieces in places.pieces]
 
 
-def states_of(optimizer: str, places: Places, setup: Setup) -> list[States]:
+def states_of(optimizer: str, places: Arrangement, setup: Setup) -> list[States]:
     """What one of ``OPTIMIZERS`` keeps on each rank."""
     if optimizer in ("AdamW", "8-bit AdamW"):
         held = held_tensors(places, setup)
@@ -57,8 +57,8 @@ def states_of(optimizer: str, places: Places, setup: Setup) -> list[States]:
         return _galore(places, setup)
     moments = bases = torch.zeros(setup.ranks, dtype=torch.int64)
     for h in places.holdings:
-        moments = moments + h.rows * (2 * rows_bytes(1, h.plan.rank, setup.state_dtype))
-        bases = bases + h.computes * h.kept * rows_bytes(1, h.plan.rank, setup.basis_dtype)
+        moments = moments + h.rows * (2 * rows_bytes(1, h.plan.r, setup.state_dtype))
+        bases = bases + h.computes * h.kept * rows_bytes(1, h.plan.r, setup.basis_dtype)
     if setup.state_dtype == "int8":
         rest = _codes(places)
     else:
@@ -67,7 +67,7 @@ def states_of(optimizer: str, places: Places, setup: Setup) -> list[States]:
     return [States(low + full, basis) for low, full, basis in zip(moments.tolist(), rest, bases.tolist())]
 
 
-def _codes(places: Places) -> list[int]:
+def _codes(places: Arrangement) -> list[int]:
     """Moments of what is not projected in codes, without padding, and scales."""
     shapes = {n: s for g in places.groups for n, s in g.items() if n not in places.projected}
     known: dict[tuple[Piece, Shape], int] = {}
@@ -81,7 +81,7 @@ def _codes(places: Places) -> list[int]:
     return [sum(size(pieces[n], shape) for n, shape in shapes.items() if n in pieces) for pieces in places.pieces]
 
 
-def _full_rank(places: Places, setup: Setup, width: int) -> list[int]:
+def _full_rank(places: Arrangement, setup: Setup, width: int) -> list[int]:
     """AdamW's moments, of ``width`` bytes a number, of what is not projected."""
     if setup.kind in ("zero1", "zero2"):
         groups = [g for g in places.groups if not places.projected.intersection(g)]
@@ -93,7 +93,7 @@ def _full_rank(places: Places, setup: Setup, width: int) -> list[int]:
     return [2 * width * sum(p.stop - p.start for p in pieces) for pieces in held]
 
 
-def _galore(places: Places, setup: Setup) -> list[States]:
+def _galore(places: Arrangement, setup: Setup) -> list[States]:
     """galore-torch 1.0 as it runs on FSDP2: moments of tall matrices are sharded, those of wide ones (r × n) and all
     projectors are whole on every rank. An fp32 projector is a view, which keeps all singular vectors of its side alive.
     """
@@ -103,9 +103,9 @@ def _galore(places: Places, setup: Setup) -> list[States]:
         m, n = plan.shape
         tall = m >= n
         rows = -(-plan.long // setup.ranks) if tall and setup.kind not in ("ddp", "one") else plan.long
-        moments += 2 * rows * plan.rank * width
+        moments += 2 * rows * plan.r * width
         # Narrow gradients are decomposed in fp32 and their projector is copied back, so that nothing else stays.
-        bases += min(m, n) * (min(m, n) if width == 4 else plan.rank) * width
+        bases += min(m, n) * (min(m, n) if width == 4 else plan.r) * width
         # The gathered gradient and both sides of its decomposition.
         largest = max(largest, 4 * (m * n + m * min(m, n) + min(m, n) * n))
     return [States(moments + full, bases, largest) for full in _full_rank(places, setup, width)]

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_lowrank.engine.step import batches_of, waves_of
 from ds_lowrank.planner.formats import rows_bytes
 from ds_lowrank.planner.holdings import Holding
-from ds_lowrank.step import batches_of, waves_of
 from ds_lowrank.subspace.project import widened_rows
 
 
@@ -100,10 +100,10 @@ class _Batch:
 
 
 def _handed(held: Sequence[Holding], nothing: Tensor) -> Tensor:
-    dealt = [h for h in held if h.plan.dealt]
-    if not dealt:
+    replicated = [h for h in held if h.plan.replicated]
+    if not replicated:
         return nothing
-    sizes = sum((h.view * h.plan.weight_dtype.itemsize for h in dealt), start=nothing)
+    sizes = sum((h.view * h.plan.weight_dtype.itemsize for h in replicated), start=nothing)
     most = int(sizes.max())
     return sizes + (sizes < most) * most + most * len(nothing)
 
@@ -131,12 +131,12 @@ def _matrix(h: Holding, formats: tuple[str, str, bool]) -> Tensor:
     plan = h.plan
     state_dtype, basis_dtype, offload = formats
     width = plan.dtype.itemsize
-    product = h.rows * plan.rank * width
+    product = h.rows * plan.r * width
     blocks = torch.where(h.blocks == 2, 2, 1)
-    basis = plan.short * plan.rank * width
-    gathered = rows_bytes(plan.short, plan.rank, basis_dtype)
+    basis = plan.short * plan.r * width
+    gathered = rows_bytes(plan.short, plan.r, basis_dtype)
     joining = basis if basis_dtype != "fp32" or offload else 0
-    if plan.spread:
+    if plan.basis_sharded:
         # The basis before is held until this one is joined, and the next is on its way.
         joining = basis + gathered + basis + gathered
     # Narrow moments are widened where they lie.
@@ -166,11 +166,11 @@ def _wave(held: Sequence[Holding], matrix: dict[str, Tensor], g: int) -> tuple[T
     for h in held:
         plan = h.plan
         square = plan.side_to_decompose**2 * g
-        here = h.witness if plan.shared else h.computes
+        here = h.contributes if plan.shared else h.computes
         if plan.shared:
             owned = _most([h.owns * plan.side_to_decompose], owned)
-            bases = bases + h.owns * (plan.short * plan.rank * plan.dtype.itemsize)
-            kept = kept + h.computes * h.kept * (plan.rank * plan.dtype.itemsize)
+            bases = bases + h.owns * (plan.short * plan.r * plan.dtype.itemsize)
+            kept = kept + h.computes * h.kept * (plan.r * plan.dtype.itemsize)
         else:
             alone = _most([here * plan.side_to_decompose], alone)
         if plan.gathers:
@@ -185,12 +185,12 @@ def _wave(held: Sequence[Holding], matrix: dict[str, Tensor], g: int) -> tuple[T
         second = _most([here * (h.blocks == 2) * square], second)
         if not plan.shared:
             continue
-        if len(plan.witnesses) == len(plan.copy):
+        if len(plan.contributors) == len(plan.copy):
             grams = grams + h.owns * square
             passing = _most([here * (2 * square)], passing)
         else:
             made = made + here * square
-            received = received + h.owns * (square * len(plan.witnesses))
+            received = received + h.owns * (square * len(plan.contributors))
             summed = summed + h.owns * square
     computing = grams + passing + 2 * made + received + narrow + second
     largest = torch.maximum(owned, alone)

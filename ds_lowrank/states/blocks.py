@@ -35,6 +35,6 @@ def largest(x: Tensor, block: int = BLOCK) -> Tensor:
     return padded.reshape(rows, -1, block).abs().amax(-1) if rows else x.new_zeros(0, count(r, block))
 
 
-def spread(scales: Tensor, r: int, block: int = BLOCK) -> Tensor:
+def expand(scales: Tensor, r: int, block: int = BLOCK) -> Tensor:
     """Every number's scale: rows × ⌈r / block⌉ -> rows × r."""
     return scales.repeat_interleave(block, dim=1)[:, :r]

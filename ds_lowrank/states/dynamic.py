@@ -15,7 +15,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ds_lowrank.states.blocks import BLOCK, largest, spread
+from ds_lowrank.states.blocks import BLOCK, expand, largest
 
 _DECADES = 7
 
@@ -61,7 +61,7 @@ def quantise(x: Tensor, signed: bool, block: int = BLOCK, scales: Tensor | None 
         codes (rows × r, uint8) and scales (rows × ⌈r / block⌉, float32).
     """
     scales = largest(x, block) if scales is None else scales
-    unit = x / spread(torch.where(scales > 0, scales, 1.0), x.shape[1], block)
+    unit = x / expand(torch.where(scales > 0, scales, 1.0), x.shape[1], block)
     codes = torch.bucketize(unit, midpoints(signed, x.device), out_int32=True)
     if not signed:
         codes = torch.where((x > 0) & (codes == 0), 1, codes)
@@ -71,4 +71,4 @@ def quantise(x: Tensor, signed: bool, block: int = BLOCK, scales: Tensor | None 
 def dequantise(codes: Tensor, scales: Tensor, signed: bool, block: int = BLOCK) -> Tensor:
     """Inverse of :func:`quantise`: rows × r, float32."""
     values = dynamic_map(signed, codes.device)[codes.int()]
-    return values * spread(scales, codes.shape[1], block)
+    return values * expand(scales, codes.shape[1], block)

@@ -20,7 +20,7 @@ BASIS_DTYPES = ("fp32", "bf16", "int8", "int4")
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowTensor:
     """One tensor of a state that has rows: of A, or of the basis.
 
     Attributes:
@@ -58,7 +58,7 @@ class Format(ABC):
         return tuple(quantity + suffix for suffix in self._suffixes)
 
     @abstractmethod
-    def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, Rows]:
+    def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, RowTensor]:
         """Key -> what lies there, for rows of r numbers that are computed with in ``dtype``."""
 
     @abstractmethod
@@ -99,8 +99,8 @@ class Plain(Format):
         super().__init__(name, ("",))
         self._narrow = {"fp32": None, "bf16": torch.bfloat16}[name]
 
-    def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, Rows]:  # noqa: D102
-        return {quantity: Rows(quantity, r, self._narrow or dtype)}
+    def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, RowTensor]:  # noqa: D102
+        return {quantity: RowTensor(quantity, r, self._narrow or dtype)}
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
         return (x if self._narrow is None else x.to(self._narrow),)
@@ -120,11 +120,11 @@ class Dynamic(Format):
         super().__init__("int8", ("_codes", "_scale"))
         self.signed = signed
 
-    def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, Rows]:  # noqa: D102
+    def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, RowTensor]:  # noqa: D102
         codes, scale = self.keys(quantity)
         return {
-            codes: Rows(quantity, r, torch.uint8, zero_code(self.signed)),
-            scale: Rows(quantity, count(r), torch.float32),
+            codes: RowTensor(quantity, r, torch.uint8, zero_code(self.signed)),
+            scale: RowTensor(quantity, count(r), torch.float32),
         }
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
@@ -153,13 +153,13 @@ class Linear(Format):
         super().__init__(f"int{bits}", ("_codes", "_scale"))
         self._bits = bits
 
-    def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, Rows]:  # noqa: D102
+    def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, RowTensor]:  # noqa: D102
         codes, scale = self.keys(quantity)
         if self._bits == 8:
-            return {codes: Rows(quantity, r, torch.int8), scale: Rows(quantity, count(r), torch.float32)}
+            return {codes: RowTensor(quantity, r, torch.int8), scale: RowTensor(quantity, count(r), torch.float32)}
         return {
-            codes: Rows(quantity, -(-r // 2), torch.uint8, fill=8 * 17),
-            scale: Rows(quantity, count(r), torch.float32),
+            codes: RowTensor(quantity, -(-r // 2), torch.uint8, fill=8 * 17),
+            scale: RowTensor(quantity, count(r), torch.float32),
         }
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
@@ -200,7 +200,7 @@ class Formats:
             f"state_dtype {self.state_dtype!r}, basis_dtype {self.basis_dtype!r}: use those that it was saved with"
         )
 
-    def rows(self, r: int, dtype: torch.dtype) -> dict[str, Rows]:
+    def rows(self, r: int, dtype: torch.dtype) -> dict[str, RowTensor]:
         """Key -> tensor, of all that has rows in the state of a matrix of rank r."""
         return {
             **self.exp_avg.rows("exp_avg", r, dtype),

@@ -1,4 +1,4 @@
-"""Rows of several tensors as rows of bytes: what travels together, whatever the format."""
+"""RowTensor of several tensors as rows of bytes: what travels together, whatever the format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ds_lowrank.states.formats import Rows
+from ds_lowrank.states.formats import RowTensor
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
@@ -16,7 +16,7 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
     return raw[0] if len(raw) == 1 else torch.cat(raw, dim=1)
 
 
-def unpack(packed: Tensor, rows: Iterable[Rows]) -> list[Tensor]:
+def unpack(packed: Tensor, rows: Iterable[RowTensor]) -> list[Tensor]:
     """Inverse of :func:`pack`; ``packed`` begins its memory."""
     rows = list(rows)
     raw = packed.split([tensor.bytes for tensor in rows], dim=1)

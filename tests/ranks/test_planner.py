@@ -12,8 +12,8 @@ from planned import resident_bytes
 
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.planner import Setup, from_deepspeed, plan_setup, read_model
+from ds_lowrank.planner.arrangement import find_places
 from ds_lowrank.planner.frameworks import frames
-from ds_lowrank.planner.places import find_places
 from ds_lowrank.planner.states import states_of
 
 

@@ -42,7 +42,7 @@ def test_it_brings_all_that_a_trainer_needs(tmp_path):
     assert kinds[-1] is CheckpointCallback
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, LowRankAdamW)
-    assert {plan.rank for plan in trainer.optimizer.optimizer.plans} == {4}
+    assert {plan.r for plan in trainer.optimizer.optimizer.plans} == {4}
     assert ds_lowrank.newest_complete(tmp_path) == tmp_path / "checkpoint-2"
 
 
@@ -148,7 +148,7 @@ def test_galore_arguments_are_taken_where_ours_do_not_say(tmp_path):
     ds_lowrank.attach(trainer, {"update_proj_gap": 7})
     optimizer = trainer.create_optimizer()
     assert {plan.name.split(".")[-3] for plan in optimizer.matrix_specs} == {"self_attn"}
-    assert {plan.rank for plan in optimizer.matrix_specs} == {2}
+    assert {spec.rank for spec in optimizer.matrix_specs} == {2}
     config = resolve_config({"update_proj_gap": 7}, trainer.args)
     assert (config.rank, config.scale, config.update_proj_gap, config.selection) == (2, 0.5, 7, "dominant")
     assert resolve_config({"selection": "importance"}, trainer.args).selection == "importance"

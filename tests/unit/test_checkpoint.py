@@ -13,7 +13,7 @@ from torch import nn
 
 import ds_lowrank
 from ds_lowrank import cli
-from ds_lowrank.safe_load import load_file
+from ds_lowrank.checkpoint.safe_load import load_file
 
 OPTIONS = {"rank": 3, "update_proj_gap": 2, "lr": 0.05}
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ds_lowrank import LayoutError, LowRankAdamW
-from ds_lowrank.pieces import EIGHT_BIT_KEY
+from ds_lowrank.state_dict.pieces import EIGHT_BIT_KEY
 from ds_lowrank.states.blocks import BLOCK
 from ds_lowrank.states.dynamic import dequantise, quantise
 from ds_lowrank.states.runs import Cut, cut_blocks, runs_of

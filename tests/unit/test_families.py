@@ -19,7 +19,7 @@ import transformers
 from transformers import AutoConfig
 
 from ds_lowrank import LowRankConfig
-from ds_lowrank.targets import list_targets
+from ds_lowrank.targets.patterns import list_targets
 
 RANK = 8
 # Names of modules change between versions; the table has those of the version that CI installs, and newer ones.

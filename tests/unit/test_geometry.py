@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from ds_lowrank.geometry import matrix_shape, part_of
 from ds_lowrank.layouts import LayoutError, Piece
-from ds_lowrank.plan import plan_shares
+from ds_lowrank.plan.geometry import matrix_shape, part_of
+from ds_lowrank.plan.matrices import plan_shares
 from ds_lowrank.subspace.schedule import deal_owners
 
 
@@ -112,7 +112,7 @@ def test_columns_held_are_rows_of_a_wide_matrix_and_are_dealt_out_for_a_tall_one
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_rows_of_what_everybody_holds_are_dealt_out_evenly(side, ranks):
     parts = [part_of(Piece(0, 30), (5, 6), None, "w")] * ranks
-    shares = plan_shares((5, 6), side, parts, "w", dealt=True)
+    shares = plan_shares((5, 6), side, parts, "w", replicated=True)
     counts = [0 if s is None else s.rows for s in shares]
     assert rows_of(shares) == list(range(5 if side == "right" else 6))
     assert max(counts) - min(counts) <= 1

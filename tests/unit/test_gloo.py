@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import ds_lowrank
-from ds_lowrank import gloo
-from ds_lowrank.comm import Comm
+from ds_lowrank.comm import gloo
+from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.layouts.base import Ranks
 
 

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import ds_lowrank
 from ds_lowrank import LowRankConfig, param_groups, projected_names
-from ds_lowrank.keeping import keep_projected
 from ds_lowrank.param_groups import count_groups
-from ds_lowrank.targets import advise_naming, find_targets
+from ds_lowrank.targets.keeping import keep_projected
+from ds_lowrank.targets.patterns import advise_naming, find_targets
 
 
 class Block(nn.Module):

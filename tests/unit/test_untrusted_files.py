@@ -18,9 +18,9 @@ from transformers import Trainer, TrainingArguments
 
 import ds_lowrank
 from ds_lowrank import cli, manifest
+from ds_lowrank.checkpoint.opening import check_checkpoint
+from ds_lowrank.checkpoint.safe_load import HoldsObjects, load_file
 from ds_lowrank.layouts.dcp_files import DistributedFiles
-from ds_lowrank.opening import check_checkpoint
-from ds_lowrank.safe_load import HoldsObjects, load_file
 
 TAG = "global_step1"
 ZERO = {

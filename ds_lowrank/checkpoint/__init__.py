@@ -1,0 +1,1 @@
+"""Checkpoints of every framework: opened, read, checked, listed."""

@@ -1,0 +1,215 @@
+"""Whether the files of all ranks of a DeepSpeed checkpoint hold what their descriptions say, before anything is used.
+
+Every rank looks at all of them, at keys, shapes and places and at no data, so that all ranks find the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_lowrank.full_rank.adamw import MOMENTS
+from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, FORMAT, STATE_KEY
+from ds_lowrank.states.blocks import BLOCK, count
+from ds_lowrank.states.formats import Formats, saved_formats
+
+CODES = tuple(f"{moment}_codes" for moment in MOMENTS)
+SCALES = tuple(f"{moment}_scale" for moment in MOMENTS)
+
+
+def check_rank_files(folder: Path, files: Sequence[tuple[Path, list[Tensor], dict[str, Any]]]) -> None:
+    """Look at the files of all ranks together.
+
+    Args:
+        folder: they are in.
+        files: path, flat masters and packed state (with its description) of each, in rank order.
+
+    Raises:
+        ValueError: one is damaged, some are missing, or something is in none of them; names the file.
+    """
+    for path, masters, packed in files:
+        _check_description(path, masters, packed)
+    first = files[0][2][DESCRIPTION_KEY]
+    if [packed[DESCRIPTION_KEY]["rank"] for _, _, packed in files] != list(range(first["ranks"])):
+        raise ValueError(
+            f"{folder} has the files of {len(files)} ranks, and {first['ranks']} wrote it: some are missing, or left "
+            "over from another run"
+        )
+    shapes = {name: about["shape"] for name, about in first["parameters"].items()}
+    for path, _, packed in files[1:]:
+        about = packed[DESCRIPTION_KEY]
+        theirs = {name: found["shape"] for name, found in about["parameters"].items()}
+        if (about["ranks"], about["matrices"], theirs) != (first["ranks"], first["matrices"], shapes):
+            raise ValueError(f"{path} and {files[0][0]} are of different runs: {DESCRIPTION_KEY} differs in them")
+    for name, shape in shapes.items():
+        pieces = [(path, *_piece(packed, name)[:2]) for path, _, packed in files]
+        _check_covered(folder, pieces, torch.Size(shape).numel(), f"elements of the weight of {name}")
+    _check_moments(files, first)
+    for name, about in first["matrices"].items():
+        _check_matrix(folder, files, name, about)
+
+
+def _check_description(path: Path, masters: Sequence[Tensor], packed: Mapping[str, Any]) -> None:
+    about = packed[DESCRIPTION_KEY]
+    if isinstance(about, Mapping) and about.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {about.get('format')!r} and this version reads {FORMAT}: use the version of then"
+        )
+    try:
+        fits = _fits(about, masters, packed["state"])
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path} is damaged: {DESCRIPTION_KEY} in it, which says what lies where, does not fit it")
+
+
+def _fits(about: Mapping[str, Any], masters: Sequence[Tensor], state: Mapping[Any, Any]) -> bool:
+    """Whether a description is one, and within the buffers beside it; may end in any error of a wrong type."""
+    for found in about["parameters"].values():
+        if not all(_whole(size) for size in found["shape"]):
+            return False
+        if "start" in found:
+            start, stop, unit, offset = (found[key] for key in ("start", "stop", "unit", "offset"))
+            if not all(_whole(number) for number in (start, stop, unit, offset, found["state"] + 1)):
+                return False
+            if not start <= stop <= torch.Size(found["shape"]).numel():
+                return False
+            if masters[unit].ndim != 1 or offset + stop - start > masters[unit].numel():
+                return False
+    for found in about["matrices"].values():
+        if found["parameter"] not in about["parameters"] or found["left"] not in (0, 1) or len(found["shape"]) != 2:
+            return False
+        if not all(_whole(number, 1) for number in (*found["shape"], found["rank"], found["index"] + 2)):
+            return False
+    names = (*about["parameters"], *about["matrices"])
+    entries = [entry for key in (STATE_KEY, EIGHT_BIT_KEY) for entry in state.get(key, {}).values()]
+    return (
+        isinstance(about["layout"], str)
+        and _whole(about["ranks"], 1)
+        and _whole(about["rank"])
+        and all(isinstance(name, str) for name in names)
+        and all(isinstance(entry, Mapping) for entry in entries)
+    )
+
+
+def _check_moments(files: Sequence[tuple[Path, list[Tensor], dict[str, Any]]], about: Mapping[str, Any]) -> None:
+    """AdamW's, of all that is not projected: all or none, whoever holds a piece."""
+    projected = {matrix["parameter"] for matrix in about["matrices"].values()}
+    places = [
+        (path, name, packed["state"], packed[DESCRIPTION_KEY]["parameters"][name])
+        for name in about["parameters"]
+        if name not in projected
+        for path, _, packed in files
+        if _piece(packed, name)[0] < _piece(packed, name)[1]
+    ]
+    coded = {name for _, name, state, _ in places if name in state.get(EIGHT_BIT_KEY, {})}
+    stepped = bool(coded) or any(state.get(piece["state"]) for _, _, state, piece in places)
+    stepped |= any(_steps(entry) > 0 for _, _, p in files for entry in p["state"].get(STATE_KEY, {}).values())
+    for path, name, state, piece in places if stepped else ():
+        numel = piece["stop"] - piece["start"]
+        if name in coded:
+            found, offset = state.get(EIGHT_BIT_KEY, {}).get(name, {}), 0
+            blocks = count(piece["stop"]) - piece["start"] // BLOCK
+            sizes = {**dict.fromkeys(CODES, numel), **dict.fromkeys(SCALES, blocks)}
+        elif piece["state"] < 0:
+            continue
+        else:
+            found, offset = state.get(piece["state"]), piece["offset"]
+            sizes = dict.fromkeys(MOMENTS, numel)
+        if not isinstance(found, Mapping):
+            raise ValueError(f"{path} lacks the moments of {name}: the file is damaged")
+        for key, size in sizes.items():
+            tensor = found.get(key)
+            if not isinstance(tensor, Tensor) or tensor.ndim != 1 or tensor.numel() < offset + size:
+                raise ValueError(f"{path} lacks {key} of {name}: the file is damaged")
+        check_counter(found, "step", name, path)
+
+
+def _check_matrix(
+    folder: Path, files: Sequence[tuple[Path, list[Tensor], dict[str, Any]]], name: str, about: Mapping[str, Any]
+) -> None:
+    long, short = reversed(about["shape"]) if about["left"] else about["shape"]
+    entries = [(path, packed["state"].get(STATE_KEY, {}).get(name)) for path, _, packed in files]
+    kept = [(path, entry) for path, entry in entries if entry is not None and "row" in entry]
+    if not kept:
+        raise ValueError(f"{folder} has no low-rank state of {name}, which its files describe: one of them is damaged")
+    # A rank may keep rows of A and none of the basis, but the keys of both.
+    names = saved_formats({k: v.dtype for k, v in kept[0][1].items() if isinstance(v, Tensor)})
+    if names is None:
+        raise ValueError(f"{kept[0][0]} lacks moments or the basis of {name}: the file is damaged")
+    wide = torch.float64 if any(_dtype(v) == torch.float64 for v in kept[0][1].values()) else torch.float32
+    rows = Formats(*names).rows(about["rank"], wide)
+    for path, entry in kept:
+        for key, expected in rows.items():
+            tensor, first = entry.get(key), entry.get("basis_row" if expected.of == "basis" else "row")
+            if not isinstance(tensor, Tensor) or not _whole(first):
+                raise ValueError(f"{path} lacks {key} of {name}: the file is damaged")
+            if tensor.ndim != 2 or (tensor.shape[1], tensor.dtype) != (expected.width, expected.dtype):
+                is_like = f"{tuple(tensor.shape)} {tensor.dtype}"
+                raise ValueError(
+                    f"{path} is damaged: {key} of {name} is {is_like} in it, not rows of {expected.width} "
+                    f"{expected.dtype}"
+                )
+        if _shape(entry.get("indices")) != (about["rank"],):
+            raise ValueError(f"{path} lacks indices of {name}: the file is damaged")
+        for key in ("step", "refreshes"):
+            check_counter(entry, key, name, path)
+    for key, expected in rows.items():
+        at, size = ("basis_row", short) if expected.of == "basis" else ("row", long)
+        parts = [(path, entry[at], entry[at] + entry[key].shape[0]) for path, entry in kept]
+        _check_covered(folder, parts, size, f"rows of {key} of {name}")
+    if not any(isinstance(entry.get("overlaps"), Tensor) for _, entry in kept):
+        raise ValueError(f"{folder} has no counters of {name}: the files of a rank are damaged")
+
+
+def check_counter(entry: Mapping[str, Any], key: str, name: str, path: Path | str) -> None:
+    """Refuse a number of steps that is none.
+
+    Raises:
+        ValueError: it is missing, negative, infinite or no number.
+    """
+    value = entry.get(key)
+    numbers = value if isinstance(value, Tensor) else torch.tensor(value if isinstance(value, (int, float)) else -1.0)
+    if numbers.is_complex() or not numbers.numel() or not bool((torch.isfinite(numbers) & (numbers >= 0)).all()):
+        raise ValueError(f"{path} is damaged: {key} of {name} is {value!r} in it, not a number of steps")
+
+
+def _check_covered(folder: Path, parts: Iterable[tuple[Path, int, int]], size: int, what: str) -> None:
+    """Refuse what lies in no file; parts of several may overlap."""
+    end, before = 0, None
+    for path, start, stop in sorted(parts, key=lambda part: part[1:]):
+        if start < stop:
+            if start > end:
+                break
+            if stop > size:
+                raise ValueError(f"{path} is damaged: it has {what} beyond {size}")
+            if stop > end:
+                end, before = stop, path
+    if end < size:
+        after = f", which follow those in {before.name}," if before is not None else ""
+        raise ValueError(f"{folder} lacks {what}: those from {end}{after} are in none of its files; one is damaged")
+
+
+def _piece(packed: Mapping[str, Any], name: str) -> tuple[int, int]:
+    piece = packed[DESCRIPTION_KEY]["parameters"][name]
+    return piece.get("start", 0), piece.get("stop", 0)
+
+
+def _steps(entry: Mapping[str, Any]) -> int:
+    return entry["step"] if _whole(entry.get("step")) else 0
+
+
+def _whole(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    return value.dtype if isinstance(value, Tensor) else None

@@ -1,0 +1,1 @@
+"""Collectives, with counted bytes and named errors."""
