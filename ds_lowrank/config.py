@@ -14,9 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ds_lowrank.methods import make_method
+from ds_lowrank.rules import RULES
+from ds_lowrank.selections import SELECTIONS
+from ds_lowrank.selections.carry import CARRIES
 from ds_lowrank.states.formats import BASIS_DTYPES, STATE_DTYPES
-from ds_lowrank.subspace.basis import MOMENT_POLICIES
-from ds_lowrank.subspace.selection import SELECTIONS
 from ds_lowrank.subspace.sides import PROJ_TYPES
 
 BLOCK = "lowrank"
@@ -34,8 +36,12 @@ class LowRankConfig:
         update_proj_gap: τ, optimizer steps between two refreshes of a matrix.
         scale: α, factor on the low-rank update (GaLore's scale).
         proj_type: ``std`` (project the shorter dimension), ``reverse_std``, ``right``, ``left``.
-        selection: ``importance`` (SARA), ``dominant`` (GaLore), ``uniform``, ``random``.
-        moments: at a refresh, ``keep`` the first moment as it is (GaLore) or ``project`` it onto the new basis.
+        rule: how projected gradients become a direction: ``adamw``, or another of :data:`ds_lowrank.rules.RULES`.
+        rule_options: the rule's own hyper-parameters; those that are not given have the rule's defaults.
+        selection: ``importance`` (SARA), ``dominant`` (GaLore), ``uniform``, ``random``, or another of
+            :data:`ds_lowrank.selections.SELECTIONS`.
+        selection_options: the selection's own hyper-parameters.
+        moments: at a refresh, ``keep`` the moments as they are (GaLore) or ``project`` the first onto the new basis.
         optim_target_modules: which modules' weights are projected, in the HF Trainer's form: ``all-linear``, one
             regular expression on the module's whole name, or a list of names or parts of names.
         seed: key of the sampler, beside the parameter's name and the refresh index.
@@ -68,7 +74,10 @@ class LowRankConfig:
     update_proj_gap: int = 200
     scale: float = 0.25
     proj_type: str = "std"
+    rule: str = "adamw"
+    rule_options: dict[str, float] = field(default_factory=dict)
     selection: str = "importance"
+    selection_options: dict[str, float] = field(default_factory=dict)
     moments: str = "keep"
     optim_target_modules: str | list[str] = "all-linear"
     seed: int = 0
@@ -97,8 +106,9 @@ class LowRankConfig:
             _require_positive_int(f"rank_pattern[{pattern!r}]", rank)
         for option, allowed in (
             ("proj_type", PROJ_TYPES),
-            ("selection", SELECTIONS),
-            ("moments", MOMENT_POLICIES),
+            ("rule", RULES.names()),
+            ("selection", SELECTIONS.names()),
+            ("moments", CARRIES.names()),
             ("gram_dtype", GRAM_DTYPES),
             ("gradient_dtype", GRADIENT_DTYPES),
             ("state_dtype", STATE_DTYPES),
@@ -112,6 +122,10 @@ class LowRankConfig:
             raise ValueError(f"lowrank.seed must be an integer, got {self.seed!r}")
         if not _is_number(self.scale) or self.scale <= 0:
             raise ValueError(f"lowrank.scale must be a number above 0, got {self.scale!r}")
+        for option in ("rule_options", "selection_options"):
+            if not isinstance(getattr(self, option), Mapping):
+                raise ValueError(f"lowrank.{option} must map options to numbers, got {getattr(self, option)!r}")
+        make_method(self)  # refuses what does not go together
         self._check_targets()
         self._check_adamw()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_lowrank.kernels import fused
-from ds_lowrank.rules.adamw import adamw_direction_
+from ds_lowrank.kernels.adam import adamw_direction_
 from ds_lowrank.states.formats import Formats
 
 
@@ -28,7 +28,7 @@ def kept_direction_(
         formats: how the moments are kept.
         state: with the moments under the keys of their formats; updated in place.
         gradient: R, rows × r, on the device of the moments. **Overwritten** by N.
-        step, betas, eps: see :func:`ds_lowrank.rules.adamw.adamw_direction_`.
+        step, betas, eps: see :func:`ds_lowrank.kernels.adam.adamw_direction_`.
 
     Returns:
         N, rows × r.

@@ -1,1 +1,16 @@
-"""Update rules inside the subspace: projected gradient and moments -> direction. Pure torch, one file a rule."""
+"""Update rules, one a file: see :mod:`ds_lowrank.rules.base`."""
+
+from __future__ import annotations
+
+from ds_lowrank.registry import Registry
+from ds_lowrank.rules.base import Hyper, Rule, Stack, Steps, Update
+
+RULES: Registry[Rule] = Registry(
+    "rule",
+    {
+        "adamw": "ds_lowrank.rules.adamw",
+    },
+)
+register = RULES.register
+
+__all__ = ["RULES", "Hyper", "Rule", "Stack", "Steps", "Update", "register"]

@@ -21,18 +21,20 @@ BASIS_DTYPES = ("fp32", "bf16", "int8", "int4")
 
 @dataclass(frozen=True)
 class RowTensor:
-    """One tensor of a state that has rows: of A, or of the basis.
+    """One tensor of a state that has rows.
 
     Attributes:
-        of: what it is a part of: ``exp_avg``, ``exp_avg_sq`` or ``basis``.
+        of: the slot that it is a part of, e.g. ``exp_avg``.
         width, dtype: numbers a row.
         fill: what it holds before the first step, where all that is kept is zero.
+        axis: what its rows are: of A (``rows``), of the basis (``basis``), or one of the whole (``matrix``).
     """
 
     of: str
     width: int
     dtype: torch.dtype
     fill: int = 0
+    axis: str = "rows"
 
     @property
     def bytes(self) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ds_lowrank.rules.adamw import adamw_direction_
+from ds_lowrank.kernels.adam import adamw_direction_
 from ds_lowrank.subspace import spectrum as spectrum_module
 from ds_lowrank.subspace.basis import carry_moments_, draw_basis, overlap
 from ds_lowrank.subspace.project import drop_rounding_, gram, gram_of_short_rows, lift_, project

@@ -1,0 +1,70 @@
+"""Methods by name: those of the package, imported when they are asked for, and a user's own."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any, Generic, TypeVar
+
+from ds_lowrank.states.layout import declare
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Classes by name.
+
+    Args:
+        option: the configuration's option that names them.
+        own: name -> module of the package's own.
+    """
+
+    def __init__(self, option: str, own: dict[str, str]):
+        self._option = option
+        self._own = own
+        self._classes: dict[str, type[T]] = {}
+
+    def register(self, cls: type[T]) -> type[T]:
+        """Make a class known by its ``name``; a decorator.
+
+        Raises:
+            ValueError: the name is taken, or it declares a slot in another way than the method that has it.
+        """
+        name = getattr(cls, "name", None)
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{cls.__name__} needs a class attribute 'name', by which {self._option} asks for it")
+        known = self._classes.get(name)
+        place = (cls.__module__, cls.__qualname__)
+        if (known is not None and (known.__module__, known.__qualname__) != place) or (
+            name in self._own and self._own[name] != cls.__module__
+        ):
+            raise ValueError(f"there is a {self._option} {name!r} already: give {cls.__name__} another name")
+        declare(getattr(cls, "slots", ()))
+        self._classes[name] = cls
+        return cls
+
+    def names(self) -> tuple[str, ...]:
+        """All that may be asked for."""
+        return (*self._own, *(name for name in self._classes if name not in self._own))
+
+    def make(self, name: str) -> T:
+        """The method of a name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if name not in self.names():
+            near = difflib.get_close_matches(str(name), self.names(), n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"there is no {self._option} {name!r}{hint} Known: {', '.join(self.names())}")
+        if name not in self._classes:
+            importlib.import_module(self._own[name])
+        return self._classes[name]()
+
+    def load(self) -> None:
+        """Import all of the package's own: what they keep is known then."""
+        for module in dict.fromkeys(self._own.values()):
+            importlib.import_module(module)
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self.names()

@@ -1,0 +1,19 @@
+"""How a basis is chosen, one file a family: see :mod:`ds_lowrank.selections.base`; :mod:`.carry`: what moments then do."""
+
+from __future__ import annotations
+
+from ds_lowrank.registry import Registry
+from ds_lowrank.selections.base import Basis, Gram, Key, Selection, Sketch
+
+SELECTIONS: Registry[Selection] = Registry(
+    "selection",
+    {
+        "importance": "ds_lowrank.selections.spectral",
+        "dominant": "ds_lowrank.selections.spectral",
+        "uniform": "ds_lowrank.selections.spectral",
+        "random": "ds_lowrank.selections.random",
+    },
+)
+register = SELECTIONS.register
+
+__all__ = ["SELECTIONS", "Basis", "Gram", "Key", "Selection", "Sketch", "register"]
