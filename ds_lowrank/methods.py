@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,20 +15,8 @@ from ds_lowrank.states import layout
 from ds_lowrank.states.formats import Formats
 from ds_lowrank.states.layout import StateLayout
 
-
-class Options(Protocol):
-    """What a method is made of; :class:`ds_lowrank.LowRankConfig` has it."""
-
-    rule: str
-    rule_options: Mapping[str, float]
-    selection: str
-    selection_options: Mapping[str, float]
-    moments: str
-    seed: int
-    state_dtype: str
-    basis_dtype: str
-    layerwise: bool
-    accumulation_steps: int
+if TYPE_CHECKING:
+    from ds_lowrank.config import LowRankConfig
 
 
 @dataclass(frozen=True)
@@ -56,7 +44,7 @@ class Method:
         return self.states.formats
 
 
-def make_method(config: Options) -> Method:
+def make_method(config: LowRankConfig) -> Method:
     """The method that a configuration asks for.
 
     Raises:

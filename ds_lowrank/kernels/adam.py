@@ -1,4 +1,4 @@
-"""AdamW, element by element (Kingma and Ba, arXiv 1412.6980; decoupled decay: 1711.05101): the torch twins of the kernels."""
+"""AdamW, element by element (Kingma and Ba, arXiv 1412.6980; decoupled decay: 1711.05101): the kernels' torch twins."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Update:
 
 
 class Stack:
-    """The rows that a rule steps together: those of one matrix, or of several of one group and rank, one below the other.
+    """The rows that a rule steps together: of one matrix, or of several of one group and rank, one below the other.
 
     Args:
         counts: rows of each matrix on this rank; 0 where others compute it.

@@ -1,4 +1,4 @@
-"""How a basis is chosen, one file a family: see :mod:`ds_lowrank.selections.base`; :mod:`.carry`: what moments then do."""
+"""How a basis is chosen, one file a family: see :mod:`ds_lowrank.selections.base`; what moments then do: carry."""
 
 from __future__ import annotations
 

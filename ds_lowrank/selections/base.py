@@ -85,7 +85,7 @@ class Basis:
     Attributes:
         vectors: short × r, contiguous (never a view that keeps a whole decomposition alive).
         indices: (r,) int32 on the CPU, the kept singular directions, ascending; -1 where a direction is none of the
-            gradient's: all of what a key alone draws, and at the end what fills up the basis of a gradient with too few.
+            gradient's: all of what a key alone draws, and at the end what fills up a basis of a gradient with too few.
         captured: share of the gradient's energy ‖∇A‖² inside the subspace, in [0, 1]; ``None`` where it is not known.
     """
 

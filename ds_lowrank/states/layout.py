@@ -162,7 +162,8 @@ def saved_layout(dtypes: Mapping[str, torch.dtype]) -> StateLayout | None:
     foreign = [key for key in dtypes if key.removesuffix("_codes").removesuffix("_scale") not in {*_known, *_TAKEN}]
     if foreign:
         raise ValueError(
-            f"the state keeps {', '.join(foreign)}, which no registered rule or selection does: import what registers it"
+            f"the state keeps {', '.join(foreign)}, which no registered rule or selection does: import what registers "
+            "it first"
         )
     return StateLayout(slots, Formats(**formats)) if slots else None
 
