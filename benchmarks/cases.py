@@ -319,7 +319,7 @@ class Follower:
             side=case.proj_type,
             seed=options["seed"],
             gradient_dtype=case.gradient_dtype,
-            formats=optimizer.formats,
+            formats=optimizer.method.formats,
         )
         # The vector has no decay in the groups either.
         self.undecayed = {n for n, w in self.weights.items() if w.ndim < 2}
@@ -430,7 +430,7 @@ def _agree(optimizer: LowRankAdamW, reference: Reference | None) -> tuple[bool, 
     mine: dict[str, Any] = {}
     plans = [p for p in optimizer.plans if p.name in states]
     plans = [p for p in plans if p.shared] + [p for p in plans if not p.shared]
-    for plan, basis in zip(plans, Bases(optimizer.comm, optimizer.formats.basis).stream(plans, states)):
+    for plan, basis in zip(plans, Bases(optimizer.comm, optimizer.method.formats.basis).stream(plans, states)):
         state = states[plan.name]
         if basis is not None:
             mine[plan.name] = (state["indices"].tolist(), state["refreshes"], state["step"], basis.cpu())

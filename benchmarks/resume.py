@@ -280,7 +280,7 @@ def whole_state(optimizer: LowRankAdamW) -> dict[str, Any]:
     for rank in optimizer.comm.gather_objects(states):
         for name, state in rank.items():
             plan = plans[name]
-            for key, rows in optimizer.formats.rows(plan.r, plan.dtype).items():
+            for key, rows in optimizer.method.formats.rows(plan.r, plan.dtype).items():
                 if key in state:
                     place, size = ("basis_row", plan.short) if rows.of == "basis" else ("row", plan.long)
                     target = found.setdefault(f"{name} {key}", torch.zeros(size, rows.width, dtype=rows.dtype))

@@ -22,10 +22,10 @@ from ds_lowrank.engine.step import Groups, LowRankStep
 from ds_lowrank.full_rank.adamw import FullRank, WideFullRank, weight_rounding
 from ds_lowrank.full_rank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.layouts import Layout, LayoutError, Member, ParameterLayout, check_excluded, find_layout, whole_shape
+from ds_lowrank.methods import Method
 from ds_lowrank.plan.matrices import MatrixPlan, make_plan
 from ds_lowrank.plan.specs import LOWRANK_KEYS, MatrixSpec, check_dtypes, make_specs
 from ds_lowrank.state_dict.parameter_states import ParameterStates
-from ds_lowrank.states.formats import Formats
 
 
 def register_group(
@@ -98,7 +98,7 @@ def assemble(
     groups: Sequence[dict[str, Any]],
     group_options: Sequence[Mapping[str, Any]],
     config: LowRankConfig,
-    formats: Formats,
+    method: Method,
 ) -> Assembly:
     """Find the layout, verify it and plan every matrix. Collective.
 
@@ -108,7 +108,7 @@ def assemble(
         groups: all its parameter groups as they are now.
         group_options: of every group, see :func:`register_group`.
         config: the optimizer's own options.
-        formats: how moments and bases are kept.
+        method: what is computed, and how states are kept.
 
     Raises:
         ds_lowrank.LayoutError: on all ranks, when the sharding is not supported or not what it seems.
@@ -137,9 +137,9 @@ def assemble(
         left_out=[m.name for m in left_out],
     )
     for plan in plans:
-        formats.check(plan.weight_dtype, plan.name)
+        method.formats.check(plan.weight_dtype, plan.name)
     gram_dtype = gram_dtype_on(config.gram_dtype, layout.ranks.device)
-    refresher = Refresher(comm, config.selection, config.moments, config.seed, gram_dtype, formats)
+    refresher = Refresher(comm, method, gram_dtype)
     seed = config.seed if config.stochastic_rounding else None
     rounding = weight_rounding(layout, {m.name: m.shape for m in kept}, seed)
     projected = {plan.parameter for plan in plans}
@@ -149,10 +149,10 @@ def assemble(
         full_rank = EightBitFullRank(layout, comm, rest, rounding)
     else:
         full_rank = WideFullRank(layout, comm, rest, config.state_dtype, rounding)
-    stepper = LowRankStep(layout, comm, refresher, formats, seed)
+    stepper = LowRankStep(layout, comm, refresher, method, seed)
     states = None
     if layout.by_parameter:
-        states = ParameterStates(cast(ParameterLayout, layout), comm, plans, stepper.new_state, formats)
+        states = ParameterStates(cast(ParameterLayout, layout), comm, plans, stepper.new_state, method.states)
     gradients = GradientCheck(layout, comm, config.layerwise)
     return Assembly(layout, kept, left_out, comm, plans, refresher, stepper, full_rank, states, gradients)
 

@@ -21,12 +21,12 @@ from ds_lowrank.engine.refresh import MatrixState, Refresher, RefreshStats
 from ds_lowrank.engine.step import LowRankStep
 from ds_lowrank.full_rank.adamw import FullRank, keep_dtypes
 from ds_lowrank.layouts import Layout, Member, check_left_out, ddp_models, in_join
+from ds_lowrank.methods import make_method
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.plan.specs import MatrixSpec
 from ds_lowrank.state_dict.adopt import adopt_states, own_entries, take_entries
 from ds_lowrank.state_dict.parameter_states import CONSOLIDATE
 from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, STATE_KEY, describe_pieces
-from ds_lowrank.states.formats import Formats
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class LowRankAdamW(JoinableOptimizer):
         check_adamw(lr, betas, eps, weight_decay)
         self.notes: list[str] = []  # what a run should be told of its framework, for the report
         self.config = LowRankConfig(**options)
-        self.formats = Formats(state_dtype, basis_dtype)
+        self.method = make_method(self.config)
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         # Sharding frameworks replace a group's params by flat buffers, cut the list of groups during a step and
         # replace the group dicts on a load. What belongs to the user's parameters is therefore kept here, by name.
@@ -298,7 +298,7 @@ class LowRankAdamW(JoinableOptimizer):
         self._to_adopt, self._loaded = {}, False  # now: what was refused is refused again
 
     def _find_layout(self) -> None:
-        found = assemble(self._members, self._specs, self._all_groups, self._group_options, self.config, self.formats)
+        found = assemble(self._members, self._specs, self._all_groups, self._group_options, self.config, self.method)
         move_histories(self._plans, found.plans, self.state[STATE_KEY], found.comm)  # type: ignore[index]
         self._members, self._plans, self._comm = found.members, found.plans, found.comm
         self._left_out = found.left_out
@@ -484,7 +484,7 @@ class LowRankAdamW(JoinableOptimizer):
         if _COPIED in state:
             self._forget_layout()
             self.__dict__.update(state[_COPIED])
-            self.formats = Formats(self.config.state_dtype, self.config.basis_dtype)
+            self.method = make_method(self.config)
             self._loaded = bool(self.state or self._to_adopt)
             return
         self._loaded = True

@@ -103,11 +103,11 @@ def make_report(optimizer: LowRankAdamW) -> Report:
     adamw = {m.name: layout.dtype(m.name).itemsize for m in optimizer.members}
     numel = {m.name: math.prod(m.shape) for m in optimizer.members}
     rest = [m for m in optimizer.members if m.name not in names]
-    low = [sum(_state_bytes(p, k, optimizer.formats) for p in plans) for k in range(ranks)]
+    low = [sum(_state_bytes(p, k, optimizer.method.formats) for p in plans) for k in range(ranks)]
     held = [sum(_held(p, k) * p.weight_dtype.itemsize for p in plans) for k in range(ranks)]
     # Full-rank parameters are cut evenly, whatever they are, but for layouts that cut nothing.
     over = 1 if layout.replicated else len(layout.ranks.shard_group)
-    ours = optimizer.formats.state_dtype
+    ours = optimizer.method.formats.state_dtype
     kept = sum(moment_bytes(ours, layout.dtype(m.name), numel[m.name]) for m in rest)
     full, theirs = (-(-count // over) for count in (kept, sum(2 * numel[m.name] * adamw[m.name] for m in rest)))
     return Report(

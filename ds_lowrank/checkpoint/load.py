@@ -143,7 +143,7 @@ def _weights_fault(source: Source, optimizer: LowRankAdamW, others: Mapping[str,
 
 
 def _states_fault(source: Source, optimizer: LowRankAdamW, named: Mapping[str, Tensor]) -> str | None:
-    plans, formats = optimizer.plans, optimizer.formats
+    plans, formats = optimizer.plans, optimizer.method.formats
     here = {plan.name for plan in plans}
     frozen = _frozen_matrices(source, optimizer, named)
     foreign = [name for name in source.matrices if name not in here and name not in frozen]
@@ -239,7 +239,7 @@ def _load_full_rank(source: Source, optimizer: LowRankAdamW) -> None:
         tensor, offset = layout.place(name)
         state = optimizer.state[tensor]
         if not state:
-            state.update(new_state(tensor, optimizer.formats.state_dtype))
+            state.update(new_state(tensor, optimizer.method.formats.state_dtype))
         # A flat buffer has one counter for all that lies in it.
         state["step"].fill_(max(float(state["step"]), steps))
         for moment in MOMENTS if here else ():  # DTensors have a state on ranks that hold nothing, too
@@ -262,7 +262,7 @@ def _matrix_state(source: Source, optimizer: LowRankAdamW, plan: MatrixPlan) -> 
         if key in state:
             tensor_of(state, key).copy_(numbers[key])
     if "row" in state:
-        for key, rows in optimizer.formats.rows(plan.r, plan.dtype).items():
+        for key, rows in optimizer.method.formats.rows(plan.r, plan.dtype).items():
             tensor, first = tensor_of(state, key), int(state["basis_row" if rows.of == "basis" else "row"])
             tensor.copy_(source.rows(plan.name, key, first, first + tensor.shape[0]))
     return state

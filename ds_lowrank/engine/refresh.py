@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ds_lowrank.comm.collectives import Comm, Pending
 from ds_lowrank.engine.bases import Bases
+from ds_lowrank.methods import Method
 from ds_lowrank.plan.matrices import MatrixPlan
-from ds_lowrank.states.formats import Formats
 from ds_lowrank.subspace.basis import Basis, carry_moments_, draw_basis, overlap
 from ds_lowrank.subspace.project import gram, gram_of_short_rows
 
@@ -77,20 +77,19 @@ class Refresher:
 
     Args:
         comm: the collectives.
-        selection, moments, seed: see :class:`ds_lowrank.LowRankConfig`.
+        method: what is computed, and how states are kept.
         gram_dtype: float32 or float64.
-        formats: how moments and bases are kept.
     """
 
-    def __init__(self, comm: Comm, selection: str, moments: str, seed: int, gram_dtype: torch.dtype, formats: Formats):
+    def __init__(self, comm: Comm, method: Method, gram_dtype: torch.dtype):
         self._comm = comm
-        self._formats = formats
+        self._formats = method.formats
         self._rank = comm.ranks.rank
-        self._selection = selection
-        self._moments = moments
-        self._seed = seed
+        self._selection = method.selection.name
+        self._moments = method.carry.name
+        self._seed = method.seed
         self._gram_dtype = gram_dtype
-        self._bases = Bases(comm, formats.basis)
+        self._bases = Bases(comm, method.formats.basis)
         self._warned = False
         self.stats = RefreshStats()
 

@@ -14,9 +14,9 @@ from ds_lowrank.engine.refresh import HISTORY, MatrixState, Refresher, tensor_of
 from ds_lowrank.engine.rows import Blocks, RowExchange
 from ds_lowrank.kernels.moments import kept_direction_
 from ds_lowrank.layouts.base import Layout
+from ds_lowrank.methods import Method, saved_layout
 from ds_lowrank.plan.geometry import Box
 from ds_lowrank.plan.matrices import MatrixPlan, Share
-from ds_lowrank.states.formats import Formats, saved_formats
 from ds_lowrank.states.rounding import Place, rounding_key
 from ds_lowrank.subspace.project import drop_rounding_, lift_, project, round_
 from ds_lowrank.subspace.schedule import is_due
@@ -39,20 +39,21 @@ class LowRankStep:
         layout: where weights and gradients lie.
         comm: the collectives.
         refresher: gives new bases.
-        formats: how moments and bases are kept.
+        method: what is computed, and how states are kept.
         rounding_seed: of stochastic rounding of bf16 weights; ``None``: they are rounded to nearest.
     """
 
     def __init__(
-        self, layout: Layout, comm: Comm, refresher: Refresher, formats: Formats, rounding_seed: int | None = None
+        self, layout: Layout, comm: Comm, refresher: Refresher, method: Method, rounding_seed: int | None = None
     ):
         self._rounding_seed = rounding_seed
         self._layout = layout
-        self._formats = formats
+        self._method = method
+        self._formats = method.formats
         self._rank = comm.ranks.rank
         self._device = comm.ranks.device
         self._rows = RowExchange(comm)
-        self._bases = Bases(comm, formats.basis)
+        self._bases = Bases(comm, method.formats.basis)
         self._refresher = refresher
         self._missing: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}  # what is being stepped; copies where the layout has no view
@@ -75,8 +76,8 @@ class LowRankStep:
         state: MatrixState = {"step": 0, "refreshes": 0}
         if share is not None:
             home = self._home(plan)
-            for key, rows in self._formats.rows(plan.r, plan.dtype).items():
-                count = plan.kept(self._rank) if rows.of == "basis" else share.rows
+            for key, rows in self._method.states.tensors(plan.r, plan.dtype).items():
+                count = plan.kept(self._rank) if rows.axis == "basis" else share.rows
                 state[key] = torch.full((count, rows.width), rows.fill, dtype=rows.dtype, device=home)
             state["indices"] = torch.full((plan.r,), -1, dtype=torch.int32)
             kept = plan.slices[self._rank] if plan.basis_sharded else None
@@ -88,9 +89,9 @@ class LowRankStep:
     def fit_state(self, plan: MatrixPlan, state: MatrixState) -> str | None:
         """Bring a loaded state of one matrix to the weights' device; returns what does not fit, if anything."""
         expected = self.new_state(plan) or {}
-        saved = saved_formats({key: value.dtype for key, value in state.items() if isinstance(value, Tensor)})
-        if saved is not None and saved != self._formats.names:
-            return f"{plan.name} {plan.shape} {self._formats.differ(*saved)}"
+        saved = saved_layout({key: value.dtype for key, value in state.items() if isinstance(value, Tensor)})
+        if saved is not None and (fault := self._method.states.fault(saved)):
+            return f"{plan.name} {plan.shape} {fault}"
         for key in _ORIGIN:
             if key in state and key in expected and (isinstance(state[key], Tensor) or state[key] != expected[key]):
                 return (

@@ -8,8 +8,8 @@ from ds_lowrank.selections.base import Basis, Gram, Key, Selection, Sketch
 SELECTIONS: Registry[Selection] = Registry(
     "selection",
     {
-        "importance": "ds_lowrank.selections.spectral",
         "dominant": "ds_lowrank.selections.spectral",
+        "importance": "ds_lowrank.selections.spectral",
         "uniform": "ds_lowrank.selections.spectral",
         "random": "ds_lowrank.selections.random",
     },

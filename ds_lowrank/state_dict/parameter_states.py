@@ -16,9 +16,11 @@ from torch import Tensor
 from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.engine.refresh import HISTORY, MatrixState, tensor_of
 from ds_lowrank.layouts import ParameterLayout, local_tensors
+from ds_lowrank.methods import saved_layout
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.state_dict.adopt import counters_fault, wholes
-from ds_lowrank.states.formats import Formats, RowTensor, saved_formats
+from ds_lowrank.states.formats import RowTensor
+from ds_lowrank.states.layout import StateLayout
 from ds_lowrank.states.packing import pack
 
 CONSOLIDATE = (
@@ -43,7 +45,7 @@ class ParameterStates:
         comm: the collectives.
         plans: of all projected matrices.
         new_state: see :meth:`ds_lowrank.engine.step.LowRankStep.new_state`.
-        formats: how moments and bases are kept.
+        kept: what a state keeps, and how.
     """
 
     def __init__(
@@ -52,13 +54,13 @@ class ParameterStates:
         comm: Comm,
         plans: Sequence[MatrixPlan],
         new_state: Callable[[MatrixPlan], MatrixState | None],
-        formats: Formats,
+        kept: StateLayout,
     ):
         self._layout = layout
         self._comm = comm
         self._rank = comm.ranks.rank
         self._new_state = new_state
-        self._formats = formats
+        self._kept_as = kept
         self._plans: dict[str, list[MatrixPlan]] = {}
         for plan in plans:
             self._plans.setdefault(plan.parameter, []).append(plan)
@@ -157,7 +159,7 @@ class ParameterStates:
         return entry
 
     def _home(self, plan: MatrixPlan, states: Mapping[str, MatrixState]) -> torch.device:
-        for key in self._formats.basis.keys("basis"):
+        for key in self._basis_keys(plan):
             basis = states.get(plan.name, {}).get(key)
             if isinstance(basis, Tensor):
                 return basis.device
@@ -171,15 +173,18 @@ class ParameterStates:
         held = {key: state[key] for key in tensors}
         mine = plan.slices[self._rank]
         if not plan.basis_sharded and mine is not None:
-            held.update({key: held[key][slice(*mine)] for key in self._formats.basis.keys("basis")})
+            held.update({key: held[key][slice(*mine)] for key in self._basis_keys(plan)})
         return held
 
     def _tensors(self, plan: MatrixPlan) -> dict[str, RowTensor]:
-        return self._formats.rows(plan.r, plan.dtype)
+        return self._kept_as.tensors(plan.r, plan.dtype)
+
+    def _basis_keys(self, plan: MatrixPlan) -> list[str]:
+        return [key for key, tensor in self._tensors(plan).items() if tensor.axis == "basis"]
 
     def _kept(self, plan: MatrixPlan) -> dict[str, Spans]:
         rows: Spans = [None if share is None else (share.start, share.stop) for share in plan.shares]
-        return {key: list(plan.slices) if kept.of == "basis" else rows for key, kept in self._tensors(plan).items()}
+        return {key: list(plan.slices) if kept.axis == "basis" else rows for key, kept in self._tensors(plan).items()}
 
     def _wanted(self, plan: MatrixPlan, takers: Sequence[int] | None) -> dict[str, Spans]:
         lengths = {key: _length(plan, kept) for key, kept in self._tensors(plan).items()}
@@ -242,9 +247,9 @@ class ParameterStates:
         plans = self._plans[parameter]
         first, stacked = plans[0], plans[0].index is not None
         tensors = self._tensors(first)
-        saved = saved_formats({key: value.dtype for key, value in entry.items() if isinstance(value, Tensor)})
-        if saved is not None and saved != self._formats.names:
-            return f"{parameter} {first.shape} {self._formats.differ(*saved)}"
+        saved = saved_layout({key: value.dtype for key, value in entry.items() if isinstance(value, Tensor)})
+        if saved is not None and (fault := self._kept_as.fault(saved)):
+            return f"{parameter} {first.shape} {fault}"
         missing = [key for key in (*tensors, *NUMBERS) if not isinstance(entry.get(key), Tensor)]
         if missing:
             return f"{parameter} {first.shape} has no {missing[0]}"
@@ -306,12 +311,12 @@ class ParameterStates:
         kept = self._kept(plan)
         if not plan.basis_sharded:
             whole: Spans = [None if rows is None else (0, plan.short) for rows in plan.slices]
-            kept.update(dict.fromkeys(self._formats.basis.keys("basis"), whole))
+            kept.update(dict.fromkeys(self._basis_keys(plan), whole))
         return kept
 
 
 def _length(plan: MatrixPlan, rows: RowTensor) -> int:
-    return plan.short if rows.of == "basis" else plan.long
+    return plan.short if rows.axis == "basis" else plan.long
 
 
 def _kind(found: set[bool] | None) -> str:
