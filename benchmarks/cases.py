@@ -429,9 +429,11 @@ def _agree(optimizer: LowRankAdamW, reference: Reference | None) -> tuple[bool, 
     states: dict[str, Any] = optimizer.state[STATE_KEY]  # type: ignore[index]
     mine: dict[str, Any] = {}
     plans = [p for p in optimizer.plans if p.name in states]
-    plans = [p for p in plans if p.shared] + [p for p in plans if not p.shared]
-    for plan, basis in zip(plans, Bases(optimizer.comm, optimizer.method.formats.basis).stream(plans, states)):
-        state = states[plan.name]
+    bases = Bases(optimizer.comm, optimizer.method)
+    whole = bases.join([p for p in plans if p.shared], states).wait()
+    whole.update({p.name: bases.whole(p, states[p.name]) for p in plans if not p.shared})
+    for plan in plans:
+        state, basis = states[plan.name], whole[plan.name]
         if basis is not None:
             mine[plan.name] = (state["indices"].tolist(), state["refreshes"], state["step"], basis.cpu())
     seen: dict[str, Any] = {}

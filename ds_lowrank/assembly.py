@@ -16,9 +16,11 @@ from torch import Tensor
 from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.engine.backward import Layerwise
+from ds_lowrank.engine.evidence import gram_dtype_on
 from ds_lowrank.engine.gradients import GradientCheck
-from ds_lowrank.engine.refresh import MatrixState, Refresher, gram_dtype_on, tensor_of
-from ds_lowrank.engine.step import Groups, LowRankStep
+from ds_lowrank.engine.refresh import Groups, Refresher
+from ds_lowrank.engine.state import MatrixState, tensor_of
+from ds_lowrank.engine.step import LowRankStep
 from ds_lowrank.full_rank.adamw import FullRank, WideFullRank, weight_rounding
 from ds_lowrank.full_rank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.layouts import Layout, LayoutError, Member, ParameterLayout, check_excluded, find_layout, whole_shape
@@ -149,10 +151,10 @@ def assemble(
         full_rank = EightBitFullRank(layout, comm, rest, rounding)
     else:
         full_rank = WideFullRank(layout, comm, rest, config.state_dtype, rounding)
-    stepper = LowRankStep(layout, comm, refresher, method, seed)
+    stepper = LowRankStep(layout, comm, plans, refresher, method, seed)
     states = None
     if layout.by_parameter:
-        states = ParameterStates(cast(ParameterLayout, layout), comm, plans, stepper.new_state, method.states)
+        states = ParameterStates(cast(ParameterLayout, layout), comm, plans, stepper.states.new, method.states)
     gradients = GradientCheck(layout, comm, config.layerwise)
     return Assembly(layout, kept, left_out, comm, plans, refresher, stepper, full_rank, states, gradients)
 

@@ -17,7 +17,8 @@ from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.engine.backward import Layerwise
 from ds_lowrank.engine.joining import JoinableOptimizer, check_join, handed_over
-from ds_lowrank.engine.refresh import MatrixState, Refresher, RefreshStats
+from ds_lowrank.engine.refresh import Refresher, RefreshStats
+from ds_lowrank.engine.state import MatrixState
 from ds_lowrank.engine.step import LowRankStep
 from ds_lowrank.full_rank.adamw import FullRank, keep_dtypes
 from ds_lowrank.layouts import Layout, Member, check_left_out, ddp_models, in_join
@@ -224,10 +225,10 @@ class LowRankAdamW(JoinableOptimizer):
         return list(self._specs)
 
     def new_state(self, plan: MatrixPlan) -> MatrixState | None:
-        """What this rank keeps of a matrix before its first step; see ``LowRankStep.new_state``."""
+        """What this rank keeps of a matrix before its first step; see ``engine.state.NewStates``."""
         self.ensure_state()
         assert self._stepper is not None
-        return self._stepper.new_state(plan)
+        return self._stepper.states.new(plan)
 
     def replace_states(self, states: dict[str, MatrixState]) -> None:
         """Go on with other states of the matrices, those of a checkpoint."""
@@ -276,7 +277,7 @@ class LowRankAdamW(JoinableOptimizer):
         assert self._layout is not None
         for plan in self._stateful:
             if plan.name not in states:
-                state = self._stepper.new_state(plan)
+                state = self._stepper.states.new(plan)
                 if state is not None:
                     states[plan.name] = state
         self.full_rank.ensure(self.state)
@@ -290,7 +291,7 @@ class LowRankAdamW(JoinableOptimizer):
         if self._layout.by_parameter:
             low = own_entries({n: entry for n, entry in entries.items() if n in projected})
             states.update(self._parameter_states.adopt(low))
-        adopt_states(states, self._stateful, self._stepper, self._comm, loaded)
+        adopt_states(states, self._stateful, self._stepper.states.fit, self._comm, loaded)
         for tensor in [key for key in self.state if isinstance(key, Tensor)]:
             if projected.intersection(self._layout.names_in(tensor)):
                 del self.state[tensor]  # what another optimizer kept for them

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ds_lowrank.checkpoint.opening import open_checkpoint
 from ds_lowrank.checkpoint.sources import Source, cut_piece, read_piece
-from ds_lowrank.engine.refresh import MatrixState, tensor_of
+from ds_lowrank.engine.state import MatrixState, tensor_of
 from ds_lowrank.full_rank.adamw import MOMENTS, new_state
 from ds_lowrank.full_rank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.layouts import LayoutError, Piece, local_tensors, whole_shape, write_parameter

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ds_lowrank.engine.gradients import sparse_fault
-from ds_lowrank.engine.refresh import MatrixState
-from ds_lowrank.engine.step import Groups, LowRankStep
+from ds_lowrank.engine.refresh import Groups
+from ds_lowrank.engine.state import MatrixState
+from ds_lowrank.engine.step import LowRankStep
 from ds_lowrank.plan.matrices import MatrixPlan
 
 _OWNER = "_ds_lowrank_owner"

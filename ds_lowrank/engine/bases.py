@@ -1,20 +1,22 @@
 """Bases that lie in slices on several ranks: sent to their keepers after a refresh, joined just ahead of their use.
 
 A new basis travels as it was computed; its keepers round their rows to the format in which bases are kept, each row by
-itself. What is joined is what is kept, and every rank decodes it: the same basis, bit by bit, wherever it is used.
+itself. What is joined is what is kept, and every rank decodes it: the same basis, bit by bit, wherever it is used. What
+a selection does not store is made again from its key instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ds_lowrank.comm.collectives import Comm, Pending
+from ds_lowrank.engine.state import MatrixState, number_of
+from ds_lowrank.methods import Method
 from ds_lowrank.plan.matrices import MatrixPlan
-from ds_lowrank.states.formats import Format
+from ds_lowrank.selections import Key
 from ds_lowrank.states.packing import pack, unpack
 
 
@@ -23,14 +25,16 @@ class Bases:
 
     Args:
         comm: the collectives.
-        format: how they are kept.
+        method: how they are chosen and kept.
     """
 
-    def __init__(self, comm: Comm, format: Format):
+    def __init__(self, comm: Comm, method: Method):
         self._comm = comm
-        self._format = format
+        self._method = method
+        self._format = method.formats.basis
         self._rank = comm.ranks.rank
-        self._mates = comm.ranks.shard_group
+        self._device = comm.ranks.device
+        self._group = comm.ranks.shard_group
         self._everyone = range(comm.ranks.size)
 
     def scatter(self, plans: Sequence[MatrixPlan], drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -57,65 +61,114 @@ class Bases:
         for parts, size, values in zip(coming, sizes, arrived):
             for (plan, count), part in zip(parts, values.split(size)):
                 found[plan.name] = part.view(count, plan.r)
+        # Whoever keeps all of a basis gets it in slices too, joined once: a broadcast that uses every link evenly.
         for plan in plans:
-            # Whoever keeps all of a basis gets it in slices too, joined once: a broadcast that uses every link evenly.
             if not plan.basis_sharded and len(plan.contributors) > 1:
-                whole = self._join(plan, found.pop(plan.name, None), plan.r, plan.dtype).wait()
+                mine = found.pop(plan.name, None)
+                (whole,) = self._join([plan], [mine], [plan.r], plan.dtype).wait()
                 if whole is not None:
                     found[plan.name] = whole
         return found
 
-    def stream(self, plans: Sequence[MatrixPlan], states: Mapping[str, Mapping[str, Any]]) -> Iterator[Tensor | None]:
-        """The whole basis of one matrix after the other, the next one on its way while one is used.
+    def whole(self, plan: MatrixPlan, state: MatrixState) -> Tensor | None:
+        """A basis that this rank keeps whole, or that nobody keeps: short × r; ``None`` where no row is computed."""
+        if plan.shares[self._rank] is None:
+            return None
+        if not self._method.selection.stored:
+            key = Key(self._method.seed, plan.name, number_of(state, "refreshes") - 1)
+            drawn = self._method.selection.draw(key, plan.short, plan.r, plan.dtype, self._device)
+            assert drawn is not None
+            return drawn.vectors
+        return self._format.decode(self._stored(state), plan.r, plan.dtype)
 
-        Collective over the ranks of one copy of the model where bases are sharded; the caller takes all of them.
+    def join(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState]) -> Pending[dict[str, Tensor | None]]:
+        """Whole bases of the matrices of a batch. Collective over the ranks of one copy of the model.
 
         Args:
-            plans: in the order of their use; those with a sharded basis are the same on all ranks.
+            plans: shared; those with a sharded basis are the same on all ranks.
             states: name -> state, with the rows that this rank keeps.
 
-        Yields:
-            short × r on the ranks' device; ``None`` where this rank computes no row of the matrix.
+        Returns:
+            name -> short × r on the ranks' device; ``None`` where this rank computes no row of the matrix.
         """
-        ahead: list[Pending[Tensor | None]] = [self._start(plan, states) for plan in plans[:1]]
-        for i in range(len(plans)):
-            current = ahead.pop()
-            if i + 1 < len(plans):
-                ahead.append(self._start(plans[i + 1], states))
-            yield current.wait()
+        sharded = [p for p in plans if p.basis_sharded and self._method.selection.stored]
+        # Those that all ranks use travel in one all-gather, those that few use among these.
+        parts = [part for few in (False, True) if (part := [p for p in sharded if self._few_take(p) is few])]
+        joining = []
+        for part in parts:
+            stored = [self._stored(states[p.name]) for p in part]
+            kinds = [list(self._format.rows("basis", p.r, p.dtype).values()) for p in part]
+            widths = [sum(tensor.bytes for tensor in kind) for kind in kinds]
+            packed = [pack(tensors) if tensors else None for tensors in stored]
+            joining.append((part, kinds, self._join(part, packed, widths, torch.uint8)))
 
-    def _start(self, plan: MatrixPlan, states: Mapping[str, Mapping[str, Any]]) -> Pending[Tensor | None]:
-        form, r, dtype = self._format, plan.r, plan.dtype
-        found = [states[plan.name].get(key) for key in form.keys("basis")]
-        stored = [tensor.to(self._comm.ranks.device) for tensor in found if isinstance(tensor, Tensor)]
-        if not plan.basis_sharded:
-            return Pending(lambda: form.decode(stored, r, dtype) if stored else None)
-        rows = form.rows("basis", r, dtype).values()
-        joining = self._join(plan, pack(stored) if stored else None, sum(t.bytes for t in rows), torch.uint8)
+        def bases() -> dict[str, Tensor | None]:
+            found: dict[str, Tensor | None] = {}
+            for part, kinds, pending in joining:
+                for plan, kind, raw in zip(part, kinds, pending.wait()):
+                    decode = self._format.decode
+                    found[plan.name] = None if raw is None else decode(unpack(raw, kind), plan.r, plan.dtype)
+            for plan in plans:
+                if plan.name not in found:
+                    found[plan.name] = self.whole(plan, states[plan.name])
+            return found
 
-        def decoded() -> Tensor | None:
-            whole = joining.wait()
-            return None if whole is None else form.decode(unpack(whole, rows), r, dtype)
+        return Pending(bases)
 
-        return Pending(decoded)
+    def _stored(self, state: MatrixState) -> list[Tensor]:
+        found = [state.get(key) for key in self._format.keys("basis")]
+        return [tensor.to(self._device) for tensor in found if isinstance(tensor, Tensor)]
 
-    def _join(self, plan: MatrixPlan, mine: Tensor | None, width: int, dtype: torch.dtype) -> Pending[Tensor | None]:
-        """Slices (rows × width) of one copy of the model, joined on every rank that computes rows of the matrix."""
-        device = self._comm.ranks.device
-        counts = {k: (rows[1] - rows[0]) * width if (rows := plan.slices[k]) else 0 for k in self._mates}
-        part = torch.empty(0, dtype=dtype, device=device) if mine is None else mine.reshape(-1).to(device)
-        takers = [k for k in self._mates if plan.shares[k] is not None]
-        if takers == self._mates:
-            gathering = self._comm.all_gather(part, list(counts.values()), "bases joined")
-            return Pending(lambda: torch.cat(gathering.wait()).view(plan.short, width))
-        # Few ranks need it: only they send and receive.
-        taking = self._rank in takers
-        send = [[part] if taking and k in takers else [] for k in self._everyone]
-        receive = [counts[k] if taking and k in takers else 0 for k in self._everyone]
-        exchange = self._comm.exchange(send, receive, dtype, "bases joined")
+    def _few_take(self, plan: MatrixPlan) -> bool:
+        return any(plan.shares[k] is None for k in self._group)
 
-        def joined() -> Tensor | None:
-            slices = exchange.wait()
-            return torch.cat(slices).view(plan.short, width) if taking else None
+    def _join(
+        self, plans: Sequence[MatrixPlan], mine: Sequence[Tensor | None], widths: Sequence[int], dtype: torch.dtype
+    ) -> Pending[list[Tensor | None]]:
+        """Slices (rows × width) of one copy of the model, joined on every rank that computes rows of the matrices.
+
+        Args:
+            plans: all of them are used by all ranks of the copy, or none is.
+            mine: this rank's slice of each.
+            widths: numbers a row of each.
+            dtype: of the numbers.
+        """
+        counts = [
+            [(rows[1] - rows[0]) * width if (rows := p.slices[k]) else 0 for p, width in zip(plans, widths)]
+            for k in self._everyone
+        ]
+        held = [part.reshape(-1).to(self._device) for part in mine if part is not None]
+        if not self._few_take(plans[0]):
+            nothing = torch.empty(0, dtype=dtype, device=self._device)
+            packed = held[0] if len(held) == 1 else torch.cat(held or [nothing])
+            gathering = self._comm.all_gather(packed, [sum(counts[k]) for k in self._group], "bases joined")
+
+            def gathered() -> list[Tensor | None]:
+                parts = [values.split(counts[k]) for k, values in zip(self._group, gathering.wait())]
+                return [torch.cat(slices).view(p.short, w) for p, w, slices in zip(plans, widths, zip(*parts))]
+
+            return Pending(gathered)
+        # Few ranks need these: only they send and receive.
+        takes = [{k for k in self._group if p.shares[k] is not None} for p in plans]
+        mine_of = dict(zip((p.name for p in plans), mine))
+        send = [
+            [
+                part
+                for p, takers in zip(plans, takes)
+                if self._rank in takers and k in takers and (part := mine_of[p.name]) is not None
+            ]
+            for k in self._everyone
+        ]
+        coming = [[j for j, takers in enumerate(takes) if self._rank in takers and k in takers] for k in self._everyone]
+        sizes = [[counts[k][j] for j in wanted] for k, wanted in enumerate(coming)]
+        exchange = self._comm.exchange(send, [sum(s) for s in sizes], dtype, "bases joined")
+
+        def joined() -> list[Tensor | None]:
+            slices: list[list[Tensor]] = [[] for _ in plans]
+            for wanted, size, values in zip(coming, sizes, exchange.wait()):
+                for j, part in zip(wanted, values.split(size)):
+                    slices[j].append(part)
+            whole = zip(plans, widths, slices)
+            return [torch.cat(found).view(p.short, w) if found else None for p, w, found in whole]
 
         return Pending(joined)

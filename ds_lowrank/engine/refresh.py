@@ -1,75 +1,57 @@
-"""Refreshing subspaces across ranks: Grams to the owner, decisions and bases back to the holders.
+"""Refreshing subspaces across ranks: evidence to the owner, decisions and bases back to the holders.
 
-Nobody repeats a decomposition, and nobody gathers a full gradient but where the longer side is projected, whose Gram is
-larger than the gradient. What the owner decided travels with the basis, to
-every rank, so that the ranks agree on which matrices have a basis and how often they have refreshed.
+Nobody repeats a decomposition. What the owner decided travels with the basis, to every rank, so that the ranks agree on
+which matrices have a basis and how often they have refreshed. Where the key alone decides, one number of each matrix
+says whether it has a gradient.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_lowrank.comm.collectives import Comm, Pending
+from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.engine.bases import Bases
+from ds_lowrank.engine.evidence import Evidence, Rows
+from ds_lowrank.engine.state import MatrixState, number_of, tensor_of
 from ds_lowrank.methods import Method
 from ds_lowrank.plan.matrices import MatrixPlan
-from ds_lowrank.subspace.basis import Basis, carry_moments_, draw_basis, overlap
-from ds_lowrank.subspace.project import gram, gram_of_short_rows
+from ds_lowrank.selections import Basis, Gram, Key
+from ds_lowrank.selections.carry import overlap
+from ds_lowrank.subspace.project import gram_of_short_rows
 
 logger = logging.getLogger(__name__)
 
-# What a rank keeps of one matrix; numbers and tensors only, so that weights_only=True loads it. See states.
-MatrixState = dict[str, int | Tensor]
-HISTORY = 16  # overlaps that a matrix's state remembers
+# Hyper-parameters of the parameter groups that step now, by the group's index.
+Groups = Mapping[int, Mapping[str, Any]]
 _HEADER = 1  # numbers before the indices in a verdict on the wire: is there a new basis
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What an owner tells every rank about one matrix; the basis itself goes to those who compute.
-
-    Attributes:
-        fresh: whether there is a new basis.
-        indices: (r,) int32, the kept singular directions.
-    """
-
-    fresh: bool
-    indices: Tensor
-
-    def pack(self) -> Tensor:
-        """As float64 numbers, in which indices are exact."""
-        return torch.tensor([float(self.fresh), *self.indices.tolist()], dtype=torch.float64)
-
-    @staticmethod
-    def unpack(packed: Tensor) -> Verdict:
-        """Inverse of :meth:`pack`."""
-        return Verdict(bool(packed[0]), packed[_HEADER:].to(torch.int32))
 
 
 @dataclass
 class RefreshStats:
-    """Sums over the matrices that this rank has decomposed since the last reading.
+    """Sums over the matrices that this rank owns and that have a new basis since the last reading.
 
     Attributes:
-        decomposed: how many.
+        refreshed: how many.
         seconds: wall time of the refreshes of this rank, exchanges included.
-        decomposing: of which its own decompositions.
+        decomposing: of which its own draws.
         overlap, overlaps: sum and number of overlaps with the basis before.
-        captured: sum of the shares of gradient energy inside the new subspace.
+        captured, captures: sum and number of the shares of gradient energy inside the new subspace.
     """
 
-    decomposed: int = 0
+    refreshed: int = 0
     seconds: float = 0.0
     decomposing: float = 0.0
     overlap: float = 0.0
     overlaps: int = 0
     captured: float = 0.0
+    captures: int = 0
 
 
 class Refresher:
@@ -83,80 +65,67 @@ class Refresher:
 
     def __init__(self, comm: Comm, method: Method, gram_dtype: torch.dtype):
         self._comm = comm
-        self._formats = method.formats
+        self._method = method
+        self._format = method.formats.basis
         self._rank = comm.ranks.rank
-        self._selection = method.selection.name
-        self._moments = method.carry.name
-        self._seed = method.seed
         self._gram_dtype = gram_dtype
-        self._bases = Bases(comm, method.formats.basis)
+        self._evidence = Evidence(comm, gram_dtype)
+        self._bases = Bases(comm, method)
         self._warned = False
         self.stats = RefreshStats()
 
-    def run(
-        self,
-        plans: Sequence[MatrixPlan],
-        blocks: Mapping[str, Sequence[Tensor]],
-        states: Mapping[str, MatrixState],
-    ) -> None:
+    def run(self, plans: Sequence[MatrixPlan], rows: Rows, states: Mapping[str, MatrixState], groups: Groups) -> None:
         """Refresh a wave of matrices side by side. Collective when one of them is shared.
 
         Args:
             plans: matrices of one dtype that are due and of which this rank keeps a state; the shared ones are the
                 same on all ranks.
-            blocks: name -> blocks of rows of A's gradient on this rank.
+            rows: name -> blocks of rows of A's gradient on this rank.
             states: name -> state; the counters of shared matrices are known to every rank, others to their holder.
+            groups: hyper-parameters by a group's index; ``betas``, for what carries moments over.
         """
-        if not plans:
-            return
         start = time.perf_counter()
         shared = [p for p in plans if p.shared]
-        totals = self._sum_grams([p for p in shared if not p.gathers], blocks)
-        totals.update(self._gather_rows([p for p in shared if p.gathers], blocks))
-        for plan in plans:  # while Grams are on their way
-            if not plan.shared:
-                state = states[plan.name]
-                whole = self._rows(plan, blocks) if plan.gathers else self._gram(plan, blocks)
-                drawn = self._draw(plan, whole, state)
-                if drawn is not None:
-                    stored = self._formats.basis.encode(drawn.vectors)
-                    cross = self._cross(plan, state, stored) if _int(state, "refreshes") else None
-                    self._install(plan, state, stored, drawn.indices, cross)
-        if shared:
-            self._refresh_shared(shared, totals, states)
+        local = [p for p in plans if not p.shared]
+        fresh: dict[str, Tensor | None]  # name -> indices of the new basis, where this rank knows of one
+        if self._method.selection.evidence == "gram":
+            totals = self._evidence.shared(shared, rows)
+            drawn = {p.name: self._decompose(p, self._evidence.local(p, rows), states[p.name]) for p in local}
+            # Taken out one by one: a Gram is gone when it has been decomposed.
+            for plan in shared:
+                if plan.name in totals:
+                    drawn[plan.name] = self._decompose(plan, totals.pop(plan.name).wait(), states[plan.name])
+            fresh = {p.name: basis.indices for p in local if (basis := drawn[p.name]) is not None}
+            fresh.update(self._tell(shared, drawn))
+        else:
+            fresh = dict.fromkeys(sorted(self._evidence.alive(plans, rows)))
+            drawn = {}
+            if self._method.selection.stored:
+                mine = [p for p in plans if p.name in fresh and (p.owner == self._rank or not p.shared)]
+                drawn = {p.name: self._draw(p, states[p.name]) for p in mine}
+        self._install([p for p in plans if p.name in fresh], drawn, fresh, states, groups)
         self.stats.seconds += time.perf_counter() - start
 
-    def _gram(self, plan: MatrixPlan, blocks: Mapping[str, Sequence[Tensor]]) -> Tensor:
-        device = self._comm.ranks.device
-        parts = [gram(block.to(device), self._gram_dtype) for block in blocks[plan.name]]
-        return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+    def _key(self, plan: MatrixPlan, state: MatrixState) -> Key:
+        return Key(self._method.seed, plan.name, number_of(state, "refreshes"))
 
-    def _rows(self, plan: MatrixPlan, blocks: Mapping[str, Sequence[Tensor]]) -> Tensor:
-        """The rows of A's gradient on this rank."""
-        return torch.cat([block.to(self._comm.ranks.device, plan.dtype) for block in blocks[plan.name]])
-
-    def _draw(self, plan: MatrixPlan, whole: Tensor, state: MatrixState) -> Basis | None:
+    def _decompose(self, plan: MatrixPlan, whole: Tensor, state: MatrixState) -> Basis | None:
         """Decompose on the owner. ``whole``: the Gram, or where rows are gathered A's gradient."""
         start = time.perf_counter()
-        gram_sum, frame = gram_of_short_rows(whole, self._gram_dtype) if plan.gathers else (whole, None)
-        drawn = draw_basis(
-            gram_sum,
-            plan.r,
-            self._selection,
-            plan.dtype,
-            frame=frame,
-            gradient_dtype=plan.gradient_dtype,
-            seed=self._seed,
-            name=plan.name,
-            refresh=_int(state, "refreshes"),
-        )
+        matrix, frame = gram_of_short_rows(whole, self._gram_dtype) if plan.gathers else (whole, None)
+        found = self._draw(plan, state, Gram(matrix, frame, plan.gradient_dtype))
         self.stats.decomposing += time.perf_counter() - start
-        if drawn is None:
-            self._explain(plan, gram_sum)
-            return None
-        self.stats.decomposed += 1
-        self.stats.captured += drawn.captured
-        return drawn
+        if found is None:
+            self._explain(plan, matrix)
+        return found
+
+    def _draw(self, plan: MatrixPlan, state: MatrixState, gram: Gram | None = None) -> Basis | None:
+        selection, device = self._method.selection, self._comm.ranks.device
+        found = selection.draw(self._key(plan, state), plan.short, plan.r, plan.dtype, device, gram)
+        if found is not None and found.captured is not None:
+            self.stats.captured += found.captured
+            self.stats.captures += 1
+        return found
 
     def _explain(self, plan: MatrixPlan, gram_sum: Tensor) -> None:
         if not self._warned and float(gram_sum.diagonal().sum()) != 0.0:  # a zero gradient is ordinary, NaN != 0
@@ -168,204 +137,97 @@ class Refresher:
                 plan.shape,
             )
 
-    def _cross(self, plan: MatrixPlan, state: MatrixState, stored: Sequence[Tensor]) -> Tensor:
-        """B_oldᵀ B_new of the rows that this rank keeps, both as they are used."""
-        new = self._formats.basis.decode(stored, plan.r, plan.dtype)
-        return self._formats.basis.read(state, "basis", plan.r, plan.dtype).to(new).mT @ new
-
-    def _install(
-        self,
-        plan: MatrixPlan,
-        state: MatrixState,
-        stored: Sequence[Tensor] | None,
-        indices: Tensor,
-        cross: Tensor | None,
-    ) -> None:
-        """Take over what is kept here of a new basis. ``stored``: ``None`` where no row is computed."""
-        if stored is not None:
-            if cross is not None and self._moments != "keep":
-                moment = self._formats.exp_avg
-                exp_avg = moment.read(state, "exp_avg", plan.r, plan.dtype)
-                carry_moments_(exp_avg, cross.to(exp_avg.device), self._moments)
-                moment.write_(state, "exp_avg", exp_avg)
-            self._formats.basis.put_(state, "basis", stored)
-            tensor_of(state, "indices").copy_(indices)
-        if cross is not None and plan.owner == self._rank:
-            turned = overlap(cross)
-            self.stats.overlap += turned
-            self.stats.overlaps += 1
-            history = tensor_of(state, "overlaps")
-            history.copy_(torch.cat([history[1:], history.new_tensor([turned])]))
-        state["refreshes"] = _int(state, "refreshes") + 1
-
-    def _refresh_shared(
-        self,
-        plans: Sequence[MatrixPlan],
-        totals: dict[str, Pending[Tensor]],
-        states: Mapping[str, MatrixState],
-    ) -> None:
-        """Decompose what is owned here; verdicts to everyone, slices of bases to those who compute."""
-        # Taken out one by one: a Gram is gone when it has been decomposed.
-        drawn = {n: self._draw(p, totals.pop(n).wait(), states[n]) for p in plans if (n := p.name) in totals}
-        verdicts = self._tell(plans, drawn)
-        fresh = [p for p in plans if verdicts[p.name].fresh]
-        if not fresh:
-            return
-        vectors = {name: basis.vectors for name, basis in drawn.items() if basis is not None}
-        arrived = {n: self._formats.basis.encode(rows) for n, rows in self._bases.scatter(fresh, vectors).items()}
-        crosses = self._sum_crosses([p for p in fresh if _int(states[p.name], "refreshes")], arrived, states)
-        for plan in fresh:
-            name = plan.name
-            self._install(plan, states[name], arrived.get(name), verdicts[name].indices, crosses.get(name))
-
-    def _sum_grams(
-        self, plans: Sequence[MatrixPlan], blocks: Mapping[str, Sequence[Tensor]]
-    ) -> dict[str, Pending[Tensor]]:
-        """Grams of whole matrices, on their owners: the parts of the ranks in the owner's copy of the model."""
-        totals: dict[str, Pending[Tensor]] = {}
-        shard_group = self._comm.ranks.shard_group
-        few = []
-        before: Pending[Tensor] | None = None
-        for plan in plans:
-            if len(plan.contributors) != len(shard_group):
-                few.append(plan)
-            elif plan.owner in shard_group:  # other copies of the model have the same gradient and leave it to this one
-                summing = self._comm.reduce(self._gram(plan, blocks), plan.owner, "Gram matrices")
-                if plan.owner == self._rank:
-                    totals[plan.name] = summing
-                # One is computed while another travels: what is not owned here is freed as soon as it has left.
-                if before is not None:
-                    before.wait()
-                before = summing
-        if few:
-            totals.update(self._exchange_grams(few, blocks))
-        return totals
-
-    def _exchange_grams(
-        self, plans: Sequence[MatrixPlan], blocks: Mapping[str, Sequence[Tensor]]
-    ) -> dict[str, Pending[Tensor]]:
-        """The same where few ranks hold a matrix: only they send. Summed in rank order."""
-        mine = {p.name: self._gram(p, blocks) for p in plans if self._rank in p.contributors}
-        summing = self._sum_on_owners(plans, mine, lambda p: p.short, self._gram_dtype, "Gram matrices")
-        owned = [p.name for p in plans if p.owner == self._rank]
-        if not owned:
-            summing.wait()  # its part is done when what it sends has left
-        return {name: Pending(lambda name=name: summing.wait().pop(name)) for name in owned}  # type: ignore[misc]
-
-    def _gather_rows(
-        self, plans: Sequence[MatrixPlan], blocks: Mapping[str, Sequence[Tensor]]
-    ) -> dict[str, Pending[Tensor]]:
-        """Gradients of whole matrices, on their owners: rows from the ranks in the owner's copy, in rank order."""
+    def _tell(self, plans: Sequence[MatrixPlan], drawn: Mapping[str, Basis | None]) -> dict[str, Tensor]:
+        """Owners tell every rank what they decided: name -> indices, of the matrices that have a new basis."""
         if not plans:
             return {}
-        everyone, rank = range(self._comm.ranks.size), self._rank
-        send = [
-            [self._rows(p, blocks).reshape(-1) for p in plans if p.owner == k and rank in p.contributors]
-            for k in everyone
-        ]
-        owned = [p for p in plans if p.owner == rank]
-        coming = [[p for p in owned if k in p.contributors] for k in everyone]
-        sizes = [[p.rows_of(k) * p.short for p in c] for k, c in zip(everyone, coming)]
-        arriving = self._comm.exchange(send, [sum(s) for s in sizes], plans[0].dtype, "gathered gradients")
-
-        def gather() -> dict[str, list[Tensor]]:
-            rows: dict[str, list[Tensor]] = {p.name: [] for p in owned}
-            for found, counts, values in zip(coming, sizes, arriving.wait()):
-                for plan, part in zip(found, values.split(counts)):
-                    rows[plan.name].append(part.view(-1, plan.short))
-            return rows
-
-        gathered = Pending(gather)
-        if not owned:
-            gathered.wait()  # its part is done when what it sends has left
-        return {p.name: Pending(lambda name=p.name: torch.cat(gathered.wait().pop(name))) for p in owned}  # type: ignore[misc]
-
-    def _sum_on_owners(
-        self,
-        plans: Sequence[MatrixPlan],
-        mine: Mapping[str, Tensor],
-        side: Callable[[MatrixPlan], int],
-        dtype: torch.dtype,
-        purpose: str,
-    ) -> Pending[dict[str, Tensor]]:
-        """Square matrices added up on the owners, from the ranks in their copy of the model, in rank order."""
-        everyone = range(self._comm.ranks.size)
-        send = [[mine[p.name] for p in plans if p.owner == k and self._rank in p.contributors] for k in everyone]
-        owned = [p for p in plans if p.owner == self._rank]
-        coming = [[p for p in owned if k in p.contributors] for k in everyone]
-        arriving = self._comm.exchange(send, [sum(side(p) ** 2 for p in c) for c in coming], dtype, purpose)
-
-        def totals() -> dict[str, Tensor]:
-            sums: dict[str, Tensor] = {}
-            for parts, values in zip(coming, arriving.wait()):
-                for plan, part in zip(parts, values.split([side(p) ** 2 for p in parts])):
-                    square = part.view(side(plan), side(plan))
-                    sums[plan.name] = sums[plan.name].add_(square) if plan.name in sums else square.clone()
-            return sums
-
-        return Pending(totals)
-
-    def _sum_crosses(
-        self, plans: Sequence[MatrixPlan], fresh: Mapping[str, Sequence[Tensor]], states: Mapping[str, MatrixState]
-    ) -> dict[str, Tensor]:
-        """B_oldᵀ B_new (r × r) of every matrix, the sum of what the slices of rows contribute: on every rank that
-        computes, if moments need it there, otherwise on the owner, which reports how far the subspace has turned.
-        """
-        crosses = {p.name: self._cross(p, states[p.name], fresh[p.name]) for p in plans if p.name in fresh}
-        sharded = [p for p in plans if p.basis_sharded]
-        if not sharded:
-            return crosses
-        if self._moments == "keep":
-            mine = {p.name: crosses.pop(p.name) for p in sharded if p.name in crosses}
-            return {
-                **crosses,
-                **self._sum_on_owners(sharded, mine, lambda p: p.r, sharded[0].dtype, "overlaps").wait(),
-            }
-        sums = torch.zeros(sum(p.r**2 for p in sharded), dtype=sharded[0].dtype, device=self._comm.ranks.device)
-        parts = dict(zip([p.name for p in sharded], sums.split([p.r**2 for p in sharded])))
-        for plan in sharded:
-            square = parts[plan.name].view(plan.r, plan.r)
-            if plan.name in crosses:
-                square.copy_(crosses[plan.name])
-            crosses[plan.name] = square
-        self._comm.all_reduce(sums, "overlaps").wait()
-        return crosses
-
-    def _tell(self, plans: Sequence[MatrixPlan], drawn: Mapping[str, Basis | None]) -> dict[str, Verdict]:
-        """Owners tell every rank what they decided."""
         everyone = range(self._comm.ranks.size)
         said = []
         for plan in plans:
             if plan.owner == self._rank:
                 basis = drawn[plan.name]
-                indices = torch.full((plan.r,), -1) if basis is None else basis.indices
-                said.append(Verdict(basis is not None, indices).pack())
-        sizes = [[_HEADER + p.r for p in plans if p.owner == k] for k in everyone]
-        arrived = self._comm.exchange(
-            [said for _ in everyone], [sum(s) for s in sizes], torch.float64, "refresh verdicts"
-        ).wait()
-        verdicts: dict[str, Verdict] = {}
-        for k, values in zip(everyone, arrived):
-            owned = [p for p in plans if p.owner == k]
-            for plan, packed in zip(owned, values.cpu().split(sizes[k])):
-                verdicts[plan.name] = Verdict.unpack(packed)
-        return verdicts
+                indices = [-1] * plan.r if basis is None else basis.indices.tolist()
+                # As float64 numbers, in which indices are exact.
+                said.append(torch.tensor([float(basis is not None), *indices], dtype=torch.float64))
+        owned = [[p for p in plans if p.owner == k] for k in everyone]
+        sizes = [[_HEADER + p.r for p in of] for of in owned]
+        sending = [said for _ in everyone]
+        arrived = self._comm.exchange(sending, [sum(s) for s in sizes], torch.float64, "refresh verdicts").wait()
+        return {
+            plan.name: packed[_HEADER:].to(torch.int32)
+            for of, size, values in zip(owned, sizes, arrived)
+            for plan, packed in zip(of, values.cpu().split(size))
+            if bool(packed[0])
+        }
 
+    def _install(
+        self,
+        plans: Sequence[MatrixPlan],
+        drawn: Mapping[str, Basis | None],
+        fresh: Mapping[str, Tensor | None],
+        states: Mapping[str, MatrixState],
+        groups: Groups,
+    ) -> None:
+        """Bring new bases to those who keep them, and take them over."""
+        if self._method.selection.stored:
+            vectors = {name: basis.vectors for name, basis in drawn.items() if basis is not None}
+            shared = [p for p in plans if p.shared]
+            arrived = self._bases.scatter(shared, vectors) if shared else {}
+            arrived.update({p.name: vectors[p.name] for p in plans if not p.shared})
+            stored = {name: self._format.encode(rows) for name, rows in arrived.items()}
+            crosses = self._crosses([p for p in plans if number_of(states[p.name], "refreshes")], stored, states)
+            for plan in plans:
+                state = states[plan.name]
+                if plan.name in crosses:
+                    self._carry(plan, state, crosses[plan.name], groups[plan.group]["betas"])
+                if plan.name in stored:
+                    self._format.put_(state, "basis", stored[plan.name])
+        for plan in plans:
+            state, indices = states[plan.name], fresh[plan.name]
+            if "indices" in state and indices is not None:
+                tensor_of(state, "indices").copy_(indices)
+            state["refreshes"] = number_of(state, "refreshes") + 1
+            self.stats.refreshed += plan.owner == self._rank
 
-def gram_dtype_on(option: str, device: torch.device) -> torch.dtype:
-    """Dtype of Gram matrices for the option ``gram_dtype``; ``auto``: float64 on a CPU, float32 elsewhere."""
-    wide = option == "float64" or (option == "auto" and device.type == "cpu")
-    return torch.float64 if wide else torch.float32
+    def _crosses(
+        self, plans: Sequence[MatrixPlan], stored: Mapping[str, Sequence[Tensor]], states: Mapping[str, MatrixState]
+    ) -> dict[str, Tensor]:
+        """B_oldᵀ B_new (r × r), both as they are used, of every matrix of which this rank keeps rows of the basis.
 
+        Of a sharded basis it is the sum of what the slices of rows contribute. Collective then.
+        """
+        form = self._format
+        crosses = {}
+        for plan in [p for p in plans if p.name in stored]:
+            new = form.decode(stored[plan.name], plan.r, plan.dtype)
+            crosses[plan.name] = form.read(states[plan.name], "basis", plan.r, plan.dtype).to(new).mT @ new
+        sharded = [p for p in plans if p.basis_sharded]
+        if sharded:
+            squares = [p.r**2 for p in sharded]
+            sums = torch.zeros(sum(squares), dtype=sharded[0].dtype, device=self._comm.ranks.device)
+            for plan, part in zip(sharded, sums.split(squares)):
+                if plan.name in crosses:
+                    part.view(plan.r, plan.r).copy_(crosses[plan.name])
+                    crosses[plan.name] = part.view(plan.r, plan.r)
+            self._comm.all_reduce(sums, "overlaps").wait()
+            for plan, part in zip(sharded, sums.split(squares)):
+                if plan.owner == self._rank:
+                    crosses[plan.name] = part.view(plan.r, plan.r)
+        return crosses
 
-def _int(state: MatrixState, key: str) -> int:
-    value = state[key]
-    assert isinstance(value, int)
-    return value
-
-
-def tensor_of(state: MatrixState, key: str) -> Tensor:
-    """The tensor that a state has under ``key``."""
-    value = state[key]
-    assert isinstance(value, Tensor)
-    return value
+    def _carry(self, plan: MatrixPlan, state: MatrixState, cross: Tensor, betas: tuple[float, float]) -> None:
+        """What moments do when the basis changes, and how far it has turned."""
+        method = self._method
+        if method.carry.changes and plan.shares[self._rank] is not None:
+            slots = {slot.name: slot for slot in method.rule.slots if slot.turns != "fixed"}
+            opened = {name: method.states.read(state, name, plan.r, plan.dtype) for name in slots}
+            home = next(iter(opened.values())).device
+            method.carry(opened, cross.to(home), slots, number_of(state, "step"), betas)
+            for name, value in opened.items():
+                method.states.write_(state, name, value)
+        if plan.owner == self._rank:
+            turned = overlap(cross)
+            self.stats.overlap += turned
+            self.stats.overlaps += 1
+            history = tensor_of(state, "overlaps")
+            history.copy_(torch.cat([history[1:], history.new_tensor([turned])]))

@@ -5,19 +5,21 @@ What lies where it is computed is a view: no copy, no traffic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ds_lowrank.comm.collectives import Comm, Pending, done
+from ds_lowrank.engine.held import Held
 from ds_lowrank.plan.geometry import Box
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.subspace.sides import as_rows
 
-# 1-D memory of what this rank holds of a parameter.
-Memory = Callable[[MatrixPlan], Tensor]
+# name -> blocks of rows of A's gradient (rows × short each): those that lie here first, then those brought together.
 Blocks = dict[str, list[Tensor]]
+# Boxes of W with what arrived for them, flat.
+Arrived = list[tuple[MatrixPlan, Box, Tensor]]
 
 
 class RowExchange:
@@ -25,109 +27,81 @@ class RowExchange:
 
     Args:
         comm: the collectives.
+        held: what this rank holds.
     """
 
-    def __init__(self, comm: Comm):
+    def __init__(self, comm: Comm, held: Held):
         self._comm = comm
+        self._held = held
         self._rank = comm.ranks.rank
         self._device = comm.ranks.device
         self._routes: dict[tuple[str, str], tuple[list[tuple[int, Box]], list[tuple[int, Box]]]] = {}
 
-    def collect(self, plans: Sequence[MatrixPlan], gradient: Memory) -> Pending[Blocks]:
+    def local(self, plan: MatrixPlan) -> list[Tensor]:
+        """The block of rows that lies where it is computed, if there is one."""
+        share = plan.shares[self._rank]
+        if share is None or share.view is None:
+            return []
+        return [as_rows(self._held.gradient(plan, share.view), plan.side)]
+
+    def collect(self, plans: Sequence[MatrixPlan]) -> Pending[Blocks]:
         """Bring the rows of A together that this rank computes. Collective when rows of one of ``plans`` move.
 
         Args:
             plans: matrices of one dtype; those that move are the same on all ranks.
-            gradient: of this rank's piece of a matrix's parameter.
-
-        Returns:
-            name -> blocks of rows of A (rows × short each), the view first, then the buffer.
         """
         moving = [p for p in plans if p.moves]
-        arriving = self._move(
-            moving,
-            source=_held_boxes,
-            target=_buffer_boxes,
-            read=lambda plan, box: self._held_view(plan, gradient, box),
-            purpose="gradient rows",
-        )
+        arriving = self._move(moving, _held_boxes, _buffer_boxes, self._held.gradient, "gradient rows")
 
         def blocks() -> Blocks:
-            arrived = arriving.wait()
-            found: Blocks = {}
-            for plan in plans:
-                share = plan.shares[self._rank]
-                if share is None:
-                    continue
-                parts = [] if share.view is None else [self._held_view(plan, gradient, share.view)]
-                if share.buffer is not None:
-                    whole = torch.empty(share.buffer.shape, dtype=plan.dtype, device=self._device)
-                    for box, values in arrived[plan.name]:
-                        _inside(whole, share.buffer, box).copy_(values.view(box.shape))
-                    parts.append(whole)
-                found[plan.name] = [as_rows(part, plan.side) for part in parts]
+            found = {p.name: self.local(p) for p in plans if p.shares[self._rank] is not None}
+            whole: dict[str, Tensor] = {}
+            for plan, box, values in arriving.wait():
+                frame = _buffer_boxes(plan, self._rank)[0]
+                if plan.name not in whole:
+                    whole[plan.name] = torch.empty(frame.shape, dtype=plan.dtype, device=self._device)
+                    found[plan.name].append(as_rows(whole[plan.name], plan.side))
+                _inside(whole[plan.name], frame, box).copy_(values.view(box.shape))
             return found
 
         return Pending(blocks)
 
-    def deliver(
-        self,
-        plans: Sequence[MatrixPlan],
-        update: Callable[[MatrixPlan], Tensor],
-        weights: Memory,
-        apply: Callable[[MatrixPlan, Tensor, Tensor, Box], None],
-    ) -> Pending[None]:
-        """Bring what was computed elsewhere to the weights that this rank holds. Collective as ``collect``.
+    def send_back(self, plans: Sequence[MatrixPlan], updates: Mapping[str, Tensor]) -> Pending[Arrived]:
+        """Bring what was computed elsewhere to who holds the weights. Collective as :meth:`collect`.
 
         Args:
             plans: those of the batch that make a step; the shared ones are the same on all ranks.
-            update: what is added to the buffered rows of a matrix, in W's orientation.
-            weights: of this rank's piece of a matrix's parameter; read at once and written at the end.
-            apply: changes a view of the weights, those of a box of W, by an update of its shape.
+            updates: name -> what is added to the buffered rows of a matrix, in W's orientation.
         """
-        moving = [p for p in plans if p.moves]
-        arriving = self._move(
-            moving,
-            source=_buffer_boxes,
-            target=_held_boxes,
-            read=lambda plan, box: _inside(update(plan), _buffer_boxes(plan, self._rank)[0], box),
-            purpose="updates",
-        )
+
+        def read(plan: MatrixPlan, box: Box) -> Tensor:
+            return _inside(updates[plan.name], _buffer_boxes(plan, self._rank)[0], box)
+
+        return self._move([p for p in plans if p.moves], _buffer_boxes, _held_boxes, read, "updates")
+
+    def hand_round(self, plans: Sequence[MatrixPlan]) -> list[Pending[None]]:
+        """Where every rank holds matrices whole, copy the rows that other ranks have computed: weights and not updates,
+        so that all ranks end up equal. Collective.
+        """
         replicated = [p for p in plans if p.replicated]
-        handed = [
-            self._hand_round([p for p in replicated if p.weight_dtype == d], weights) for d in _dtypes(replicated)
-        ]
+        dtypes = dict.fromkeys(p.weight_dtype for p in replicated)
+        return [self._hand_round([p for p in replicated if p.weight_dtype == dtype]) for dtype in dtypes]
 
-        def finish() -> None:
-            for plan in moving:
-                for box, values in arriving.wait().get(plan.name, []):
-                    apply(plan, self._held_view(plan, weights, box), values.view(box.shape), box)
-            for copy in handed:
-                copy.wait()
-
-        return Pending(finish)
-
-    def _hand_round(self, plans: Sequence[MatrixPlan], weights: Memory) -> Pending[None]:
-        """Copy the rows that other ranks have computed: weights and not updates, so that all ranks end up equal."""
+    def _hand_round(self, plans: Sequence[MatrixPlan]) -> Pending[None]:
         boxes = [[(p, s.view) for p in plans if (s := p.shares[k]) and s.view] for k in range(self._comm.ranks.size)]
         sizes = [sum(box.numel for _, box in mine) for mine in boxes]
         mine = torch.empty(sizes[self._rank], dtype=plans[0].weight_dtype, device=self._device)
         for (plan, box), room in zip(boxes[self._rank], _split(mine, boxes[self._rank])):
-            room.copy_(self._held_view(plan, weights, box))
+            room.copy_(self._held.weights(plan, box))
         gathering = self._comm.all_gather(mine, sizes, "weights")
 
         def copy() -> None:
             for rank, values in enumerate(gathering.wait()):
                 if rank != self._rank:
                     for (plan, box), rows in zip(boxes[rank], _split(values, boxes[rank])):
-                        self._held_view(plan, weights, box).copy_(rows)
+                        self._held.weights(plan, box).copy_(rows)
 
         return Pending(copy)
-
-    def _held_view(self, plan: MatrixPlan, memory: Memory, box: Box) -> Tensor:
-        part = plan.parts[self._rank]
-        assert part is not None
-        return part.view(memory(plan), box)
 
     def _move(
         self,
@@ -136,10 +110,10 @@ class RowExchange:
         target: Callable[[MatrixPlan, int], Sequence[Box]],
         read: Callable[[MatrixPlan, Box], Tensor],
         purpose: str,
-    ) -> Pending[dict[str, list[tuple[Box, Tensor]]]]:
+    ) -> Pending[Arrived]:
         """Send every part of my ``source`` boxes to the ranks of my copy whose ``target`` boxes contain it."""
         if not plans:
-            return done({})
+            return done([])
         everyone = range(self._comm.ranks.size)
         outgoing: list[list[Tensor]] = [[] for _ in everyone]
         coming: list[list[tuple[MatrixPlan, Box]]] = [[] for _ in everyone]
@@ -147,10 +121,10 @@ class RowExchange:
             # The same in every step, and most ranks have nothing for each other.
             key = (plan.name, purpose)
             if key not in self._routes:
-                mine = self._rank
+                mine, group = self._rank, self._comm.ranks.shard_group
                 self._routes[key] = (
-                    [(k, b) for k in self._comm.ranks.shard_group for b in _meets(source(plan, mine), target(plan, k))],
-                    [(k, b) for k in self._comm.ranks.shard_group for b in _meets(source(plan, k), target(plan, mine))],
+                    [(k, b) for k in group for b in _meets(source(plan, mine), target(plan, k))],
+                    [(k, b) for k in group for b in _meets(source(plan, k), target(plan, mine))],
                 )
             to, origin = self._routes[key]
             for rank, box in to:
@@ -159,12 +133,12 @@ class RowExchange:
                 coming[rank].append((plan, box))
         exchange = self._comm.exchange(outgoing, [sum(b.numel for _, b in c) for c in coming], plans[0].dtype, purpose)
 
-        def boxes() -> dict[str, list[tuple[Box, Tensor]]]:
-            found: dict[str, list[tuple[Box, Tensor]]] = {}
-            for parts, values in zip(coming, exchange.wait()):
-                for (plan, box), part in zip(parts, values.split([b.numel for _, b in parts])):
-                    found.setdefault(plan.name, []).append((box, part))
-            return found
+        def boxes() -> Arrived:
+            return [
+                (plan, box, part)
+                for parts, values in zip(coming, exchange.wait())
+                for (plan, box), part in zip(parts, values.split([b.numel for _, b in parts]))
+            ]
 
         return Pending(boxes)
 
@@ -191,7 +165,3 @@ def _inside(whole: Tensor, frame: Box, box: Box) -> Tensor:
 def _split(values: Tensor, boxes: Sequence[tuple[MatrixPlan, Box]]) -> list[Tensor]:
     parts = values.split([box.numel for _, box in boxes])
     return [part.view(box.shape) for part, (_, box) in zip(parts, boxes)]
-
-
-def _dtypes(plans: Sequence[MatrixPlan]) -> list[torch.dtype]:
-    return list(dict.fromkeys(p.weight_dtype for p in plans))

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_lowrank.comm.collectives import Comm, Pending, done
+from ds_lowrank.comm.collectives import Comm, Pending
 from ds_lowrank.engine.bases import Bases
-from ds_lowrank.engine.refresh import HISTORY, MatrixState, Refresher, tensor_of
-from ds_lowrank.engine.rows import Blocks, RowExchange
-from ds_lowrank.kernels.moments import kept_direction_
+from ds_lowrank.engine.batches import Batches, waves_of
+from ds_lowrank.engine.held import Held
+from ds_lowrank.engine.refine import Refiner
+from ds_lowrank.engine.refresh import Groups, Refresher
+from ds_lowrank.engine.rows import Arrived, Blocks, RowExchange
+from ds_lowrank.engine.state import MatrixState, NewStates, number_of, tensor_of
 from ds_lowrank.layouts.base import Layout
-from ds_lowrank.methods import Method, saved_layout
+from ds_lowrank.methods import Method
 from ds_lowrank.plan.geometry import Box
 from ds_lowrank.plan.matrices import MatrixPlan, Share
+from ds_lowrank.rules import Hyper, Stack, Update
 from ds_lowrank.states.rounding import Place, rounding_key
-from ds_lowrank.subspace.project import drop_rounding_, lift_, project, round_
+from ds_lowrank.subspace.project import Push, drop_rounding_, lift_, project, round_
 from ds_lowrank.subspace.schedule import is_due
 from ds_lowrank.subspace.sides import Side, as_rows
 
-# Hyper-parameters of the parameter groups that step now, by the group's index.
-Groups = Mapping[int, Mapping[str, Any]]
-
-# Numbers that travel together: enough to hide latencies, little beside a model that needs sharding.
-BATCH_NUMBERS = 1 << 24
-
-# Numbers in a matrix's state that say where its tensors belong.
-_ORIGIN = ("left", "row", "basis_row")
+States = Mapping[str, MatrixState]
+# name -> B (short × r), None where this rank computes no row.
+WholeBases = Mapping[str, Tensor | None]
 
 
 class LowRankStep:
@@ -38,106 +37,61 @@ class LowRankStep:
     Args:
         layout: where weights and gradients lie.
         comm: the collectives.
+        plans: of all projected matrices.
         refresher: gives new bases.
         method: what is computed, and how states are kept.
         rounding_seed: of stochastic rounding of bf16 weights; ``None``: they are rounded to nearest.
     """
 
     def __init__(
-        self, layout: Layout, comm: Comm, refresher: Refresher, method: Method, rounding_seed: int | None = None
+        self,
+        layout: Layout,
+        comm: Comm,
+        plans: Sequence[MatrixPlan],
+        refresher: Refresher,
+        method: Method,
+        rounding_seed: int | None = None,
     ):
         self._rounding_seed = rounding_seed
-        self._layout = layout
         self._method = method
-        self._formats = method.formats
+        self._comm = comm
         self._rank = comm.ranks.rank
         self._device = comm.ranks.device
-        self._rows = RowExchange(comm)
-        self._bases = Bases(comm, method.formats.basis)
+        self._held = Held(layout)
+        self._rows = RowExchange(comm, self._held)
+        self._bases = Bases(comm, method)
+        self._batches = Batches(plans, self._rank, method.states)
         self._refresher = refresher
-        self._missing: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor] = {}  # what is being stepped; copies where the layout has no view
+        self._refiner = Refiner(comm, method)
+        self.states = NewStates(self._rank, method.states, self._held.home)
         # Sums of projected gradients, see accumulate(); None where this rank computes no row.
         self._projected: dict[str, Tensor | None] = {}
 
-    def new_state(self, plan: MatrixPlan) -> MatrixState | None:
-        """State of one matrix on this rank, ``None`` where this rank has no part in it.
-
-        Keys: ``step`` (steps made; 0 until the first non-zero gradient), ``refreshes``; where rows are computed also
-        ``exp_avg``, ``exp_avg_sq`` (rows × r), ``basis`` (kept rows × r) under the keys and in the dtypes of their
-        formats, on the device of the weights, ``indices`` (r, int32), and where these lie in the whole: ``left`` (1
-        where A = Wᵀ), ``row`` (the first of A), ``basis_row`` (the first of the basis). Of a shared matrix every rank
-        keeps the first two. The owner keeps ``overlaps`` (float32, the last ``HISTORY`` overlaps with the basis before,
-        newest last, -1: none).
-        """
-        share = plan.shares[self._rank]
-        if share is None and not plan.shared:
-            return None
-        state: MatrixState = {"step": 0, "refreshes": 0}
-        if share is not None:
-            home = self._home(plan)
-            for key, rows in self._method.states.tensors(plan.r, plan.dtype).items():
-                count = plan.kept(self._rank) if rows.axis == "basis" else share.rows
-                state[key] = torch.full((count, rows.width), rows.fill, dtype=rows.dtype, device=home)
-            state["indices"] = torch.full((plan.r,), -1, dtype=torch.int32)
-            kept = plan.slices[self._rank] if plan.basis_sharded else None
-            state.update(left=int(plan.side == "left"), row=share.start, basis_row=0 if kept is None else kept[0])
-        if plan.owner == self._rank:
-            state["overlaps"] = torch.full((HISTORY,), -1.0)
-        return state
-
-    def fit_state(self, plan: MatrixPlan, state: MatrixState) -> str | None:
-        """Bring a loaded state of one matrix to the weights' device; returns what does not fit, if anything."""
-        expected = self.new_state(plan) or {}
-        saved = saved_layout({key: value.dtype for key, value in state.items() if isinstance(value, Tensor)})
-        if saved is not None and (fault := self._method.states.fault(saved)):
-            return f"{plan.name} {plan.shape} {fault}"
-        for key in _ORIGIN:
-            if key in state and key in expected and (isinstance(state[key], Tensor) or state[key] != expected[key]):
-                return (
-                    f"{plan.name} {plan.shape} holds {key} {state[key]} where this rank needs {expected[key]}: it is "
-                    "another rank's state, or another side was projected"
-                )
-        if state.keys() != expected.keys():
-            return f"{plan.name} {plan.shape} has {sorted(state)} where this run keeps {sorted(expected)}"
-        for key, value in expected.items():
-            found = state[key]
-            if isinstance(value, Tensor):
-                if not isinstance(found, Tensor) or (found.shape, found.dtype) != (value.shape, value.dtype):
-                    is_like = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else repr(found)
-                    return f"{key} of {plan.name} {plan.shape} is {is_like}, not {tuple(value.shape)} {value.dtype}"
-                state[key] = found.to(value.device)
-        return None
-
-    def run(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState], groups: Groups) -> None:
+    def run(self, plans: Sequence[MatrixPlan], states: States, groups: Groups) -> None:
         """Step matrices. Collective when one of them is shared.
 
         Args:
             plans: all projected matrices that step in this call, in the model's order.
-            states: name -> state, see :meth:`new_state`.
+            states: name -> state, see :class:`ds_lowrank.engine.state.NewStates`.
             groups: their hyper-parameters: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``.
         """
-        self._weights.clear()  # of a step that failed
+        self._held.begin()
         # On one process and under DDP, which gives all ranks the same gradients, a missing one means no step, as in
         # torch's optimizers. Where a model is sharded it counts as zero, as DeepSpeed delivers it: ranks may differ in
         # what has one, and the collectives must not.
+        summed, asked = self._projected, self._held.has_gradient
         plans = [
-            p for p in plans if (p.shared and not p.replicated) or p.name in self._projected or self._has_gradient(p)
+            p for p in plans if p.name in states and ((p.shared and not p.replicated) or p.name in summed or asked(p))
         ]
-        due = [p for p in plans if p.name in states and self.is_due(p, states)]
-        waiting = {p.name for p in due}
+        due = [p for p in plans if self.is_due(p, states)]
         for wave in waves_of(due):
             self.refresh_and_step(wave, states, groups)
-        rest = [p for p in plans if p.name in states and p.name not in waiting]
-        # What is shared is the same on all ranks; what is not differs, and so comes apart from it.
-        parts: dict[tuple[bool, bool], list[MatrixPlan]] = {}
-        for plan in rest:
-            parts.setdefault((plan.shared, plan.name in self._projected), []).append(plan)
-        for key in sorted(parts, reverse=True):
-            self._step_in_batches(parts[key], states, groups)
-        self._missing.clear()
+        done = {p.name for p in due if p.shared}
+        # A matrix whose gradient has always been zero has no basis: no step.
+        self._step_batches([p for p in plans if p.name not in done and states[p.name]["refreshes"]], states, groups)
+        self._held.end()
 
-    def accumulate(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState]) -> None:
+    def accumulate(self, plans: Sequence[MatrixPlan], states: States) -> None:
         """Project the gradients of a micro-step and add them to what the next step uses instead of a gradient.
 
         Collective when one of ``plans`` is shared. A projection is linear: the sum of projections is the projection of
@@ -148,11 +102,16 @@ class LowRankStep:
             states: see :meth:`run`.
         """
         plans = [p for p in plans if p.name in states]
-        rows = self._rows.collect(plans, self._gradient).wait()
-        for plan, basis in zip(plans, self._bases.stream(plans, states)):
-            product = None if basis is None else self._project(plan, states[plan.name], rows[plan.name], basis)
-            before = self._projected.get(plan.name)
-            self._projected[plan.name] = product if before is None or product is None else before.add_(product)
+        rows = self._rows.collect(plans).wait()
+        for batch in self._batches.group(plans):
+            bases = self._bases.join(batch, states).wait()
+            for plan in batch:
+                product, basis = None, bases[plan.name]
+                if basis is not None:
+                    product = torch.empty(plan.rows_of(self._rank), plan.r, dtype=plan.dtype, device=self._device)
+                    self._project(plan, states[plan.name], rows[plan.name], basis, product)
+                before = self._projected.get(plan.name)
+                self._projected[plan.name] = product if before is None or product is None else before.add_(product)
 
     @property
     def accumulating(self) -> bool:
@@ -163,196 +122,251 @@ class LowRankStep:
         """Drop accumulated projections."""
         self._projected.clear()
 
-    def is_due(self, plan: MatrixPlan, states: Mapping[str, MatrixState]) -> bool:
+    def is_due(self, plan: MatrixPlan, states: States) -> bool:
         """Whether a matrix refreshes its subspace before its next step."""
-        return is_due(int(states[plan.name]["step"]), plan.phase, plan.gap)
+        step = number_of(states[plan.name], "step")
+        return is_due(step, plan.phase, plan.gap) if self._method.selection.periodic else step == 0
 
-    def refresh_and_step(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState], groups: Groups) -> None:
-        """Refresh a wave of matrices that are due, and step them. Collective when one of them is shared.
+    def refresh_and_step(self, plans: Sequence[MatrixPlan], states: States, groups: Groups) -> None:
+        """Refresh a wave of matrices that are due, and step the shared ones. Collective when one of them is shared.
 
         Args:
-            plans: see :meth:`run`; the shared ones are the same on all ranks.
+            plans: see :meth:`run`; the shared ones are the same on all ranks. Of the others no row has to be held
+                until the step, which they make with all that are not due.
             states, groups: see :meth:`run`.
         """
         for dtype in sorted({p.dtype for p in plans}, key=str):  # the same order on all ranks
             wave = [p for p in plans if p.dtype == dtype]
-            rows = self._rows.collect(wave, self._gradient).wait()
-            self._refresher.run(wave, rows, states)
-            # A matrix whose gradient has always been zero has no basis: no step.
-            based = [p for p in wave if states[p.name]["refreshes"]]
-            stream = self._bases.stream(_shared_first(based), states)
-            self._step_batch(_shared_first(based), rows, stream, states, groups).wait()
-        self._store()
+            shared = [p for p in wave if p.shared]
+            rows = self._rows.collect(shared).wait() if shared else {}
+            rows.update({p.name: self._rows.local(p) for p in wave if not p.shared})
+            self._refresher.run(wave, rows, states, groups)
+            for batch in self._batches.group([p for p in shared if states[p.name]["refreshes"]]):
+                leaving = self._step_batch(batch, rows, self._bases.join(batch, states).wait(), states, groups)
+                self._arrive(leaving, states, groups)
+        self._held.store()
 
-    def _step_in_batches(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState], groups: Groups) -> None:
-        """Step matrices that have a basis; while one batch is computed, the rows of the next are on their way."""
-        plans = [p for p in plans if states[p.name]["refreshes"]]
-        batches = list(batches_of(plans))
-        collected = [p for p in plans if p.name not in self._projected]
-        bases = self._bases.stream([p for batch in batches for p in batch], states)
-        coming = self._rows.collect(batches[0], self._gradient) if collected else done({})
-        leaving: Pending[None] = done(None)
+    def _step_batches(self, plans: Sequence[MatrixPlan], states: States, groups: Groups) -> None:
+        """Step matrices that have a basis; while one batch is computed, rows and bases of the next are on their way."""
+        batches = self._batches.group(plans)
+        ahead = self._fetch(batches[0], states) if batches else None
+        leaving: Leaving | None = None
         for i, batch in enumerate(batches):
-            rows = coming.wait()
-            if collected and i + 1 < len(batches):
-                coming = self._rows.collect(batches[i + 1], self._gradient)
-            left = leaving
-            leaving = self._step_batch(batch, rows, bases, states, groups)
-            left.wait()
-        leaving.wait()
-        self._store()
+            if ahead is None:
+                rows = {p.name: [] if p.name in self._projected else self._rows.local(p) for p in batch}
+                bases = {p.name: self._bases.whole(p, states[p.name]) for p in batch}
+            else:
+                rows, bases = ahead[0].wait(), ahead[1].wait()
+            ahead = self._fetch(batches[i + 1], states) if i + 1 < len(batches) else None
+            left, leaving = leaving, self._step_batch(batch, rows, bases, states, groups)
+            self._arrive(left, states, groups)
+        self._arrive(leaving, states, groups)
+        self._held.store()
+
+    def _fetch(
+        self, batch: Sequence[MatrixPlan], states: States
+    ) -> tuple[Pending[Blocks], Pending[dict[str, Tensor | None]]] | None:
+        """Rows and bases of a batch, on their way; ``None``: all of it lies here."""
+        if not batch[0].shared:
+            return None
+        return self._rows.collect([p for p in batch if p.name not in self._projected]), self._bases.join(batch, states)
 
     def _step_batch(
         self,
-        plans: Sequence[MatrixPlan],
+        batch: Sequence[MatrixPlan],
         rows: Blocks,
-        bases: Iterator[Tensor | None],
-        states: Mapping[str, MatrixState],
+        bases: WholeBases,
+        states: States,
         groups: Groups,
-    ) -> Pending[None]:
+    ) -> Leaving | None:
+        """Step a batch; of what is shared, updates leave for those who hold the weights."""
         updates: dict[str, Tensor] = {}
-        for plan, basis in zip(plans, bases):
-            state = states[plan.name]
-            state["step"] = int(state["step"]) + 1
-            gradient = self._projected.pop(plan.name, None)
-            if basis is not None:
-                if gradient is None:
-                    gradient = self._project(plan, state, rows.pop(plan.name), basis)
-                self._step_matrix(plan, state, gradient, basis, groups[plan.group], updates)
-        return self._rows.deliver(
-            plans,
-            lambda plan: updates[plan.name],
-            self._weight,
-            lambda plan, weights, update, box: _apply(
-                weights,
-                update,
-                plan.dtype,
-                _keep(groups[plan.group]),
-                self._place(plan, states[plan.name], box, "right"),
-            ),
-        )
+        for run in self._batches.runs(batch, states):
+            self._step_run(run, rows, bases, states, groups[run[0].group], updates)
+        if not batch[0].shared:
+            return None
+        return Leaving(self._rows.send_back(batch, updates), self._rows.hand_round(batch))
 
-    def _step_matrix(
+    def _arrive(self, leaving: Leaving | None, states: States, groups: Groups) -> None:
+        """Move the weights of this rank by what other ranks have computed."""
+        if leaving is None:
+            return
+        for plan, box, values in leaving.updates.wait():
+            place = self._place(plan, states[plan.name], box, "right")
+            _apply(self._held.weights(plan, box), values.view(box.shape), plan.dtype, _keep(groups[plan.group]), place)
+        for weights in leaving.weights:
+            weights.wait()
+
+    def _step_run(
         self,
-        plan: MatrixPlan,
-        state: MatrixState,
-        gradient: Tensor,
-        basis: Tensor,
+        run: Sequence[MatrixPlan],
+        rows: Blocks,
+        bases: WholeBases,
+        states: States,
         group: Mapping[str, Any],
         updates: dict[str, Tensor],
     ) -> None:
-        """Step the rows of A that this rank computes: a view of them in place, buffered ones into ``updates``.
+        """Step the rows of A that this rank computes: a view of them in place, buffered ones into ``updates``."""
+        step = number_of(states[run[0].name], "step") + 1
+        for plan in run:
+            states[plan.name]["step"] = step
+        here = [p for p in run if p.shares[self._rank] is not None]
+        selection, rule = self._method.selection, self._method.rule
+        if not here and not (run[0].shared and (rule.sums or selection.evidence == "sketch")):
+            for plan in run:
+                self._projected.pop(plan.name, None)
+            return
+        counts = [p.rows_of(self._rank) for p in run]
+        r = torch.empty(sum(counts), run[0].r, dtype=run[0].dtype, device=self._device)
+        parts = dict(zip([p.name for p in here], r.split([c for c in counts if c])))
+        for plan in run:
+            summed, basis = self._projected.pop(plan.name, None), bases[plan.name]
+            if summed is not None:
+                parts[plan.name].copy_(summed)
+            elif basis is not None:
+                self._project(plan, states[plan.name], rows[plan.name], basis, parts[plan.name])
+        refining = None
+        if selection.evidence == "sketch":
+            refining = self._refiner.start(run, parts, rows, bases)
+        if not rule.reads_gradient:
+            for plan in run:
+                rows.pop(plan.name, None)  # what was brought here goes before updates come
+        hyper = Hyper(
+            float(group["lr"]),
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            group["scale"],
+            step,
+            self._method.rule_options,
+        )
+        blocks = [[b.to(self._device) for b in rows.get(p.name, ())] for p in run] if rule.reads_gradient else []
+        stack = Stack(counts, blocks, [bases[p.name] for p in run])
+        update = self._direct(run, here, r, hyper, stack, states)
+        low = None if update.low is None else update.low.to(self._device).split([c for c in counts if c])
+        scales = None if update.row_scale is None else update.row_scale.to(self._device).split([c for c in counts if c])
+        for k, plan in enumerate(here):
+            self._lift(
+                plan,
+                states[plan.name],
+                None if low is None else low[k],
+                None if scales is None else scales[k],
+                rows.pop(plan.name, []),
+                bases[plan.name],
+                hyper,
+                updates,
+            )
+        if refining is not None:
+            self._refiner.finish(refining, states, step)
 
-        ``gradient`` is R, rows × r; overwritten.
-        """
-        share, part = plan.shares[self._rank], plan.parts[self._rank]
-        assert share is not None
-        direction = self._direction(state, gradient, group)
-        step_size = float(group["lr"]) * group["scale"]
-        whole_rows = share.rows - _buffered_rows(plan, share)
-        if share.view is not None:
-            assert part is not None
-            weights = as_rows(part.view(self._weight(plan), share.view), plan.side)
-            place = self._place(plan, state, share.view, plan.side)
-            self._lift_view(weights, direction[:whole_rows], basis, step_size, _keep(group), place)
-        if share.buffer is not None:
-            update = torch.empty(share.buffer.shape, dtype=plan.dtype, device=self._device)
-            lift_(as_rows(update, plan.side), direction[whole_rows:], basis, step_size, keep=0.0)
-            updates[plan.name] = update
-
-    def _project(self, plan: MatrixPlan, state: MatrixState, blocks: Sequence[Tensor], basis: Tensor) -> Tensor:
-        """R from the blocks of the gradient's rows."""
+    def _project(
+        self, plan: MatrixPlan, state: MatrixState, blocks: Sequence[Tensor], basis: Tensor, out: Tensor
+    ) -> None:
+        """R from the blocks of the gradient's rows, into ``out``."""
         indices = tensor_of(state, "indices")
         filled_up = int(indices[0]) >= 0 > int(indices[-1])  # a basis of a gradient that had too few directions
-        products = []
+        at = 0
         for block in blocks:
             block = block.to(self._device)
-            products.append(project(block, basis))
+            product = out[at : at + len(block)]
+            project(block, basis, product)
             if filled_up:
-                drop_rounding_(products[-1], block, indices < 0, plan.gradient_dtype)
-        return products[0] if len(products) == 1 else torch.cat(products)
+                drop_rounding_(product, block, indices < 0, plan.gradient_dtype)
+            at += len(block)
 
-    def _direction(self, state: MatrixState, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """N, computed where the moments lie."""
-        home = state[self._formats.exp_avg.keys("exp_avg")[0]]
-        assert isinstance(home, Tensor)
-        gradient = gradient.to(home.device)
-        direction = kept_direction_(self._formats, state, gradient, int(state["step"]), group["betas"], group["eps"])
-        return direction.to(self._device)
+    def _direct(
+        self,
+        run: Sequence[MatrixPlan],
+        here: Sequence[MatrixPlan],
+        r: Tensor,
+        hyper: Hyper,
+        stack: Stack,
+        states: States,
+    ) -> Update:
+        """What the rule makes of R (overwritten), computed where the moments lie."""
+        rule, layout = self._method.rule, self._method.states
+        kept = self._batches.kept(run, here, states)
+        width, dtype = r.shape[1], r.dtype
+        home = next(iter(kept.values())).device if kept and here else r.device
+        r = r.to(home)
+        if rule.kept_step is not None:
+            return rule.kept_step(layout.formats, kept, r, hyper)
+        opened = {slot.name: layout.read(kept, slot.name, width, dtype) for slot in rule.slots}
+        stepping = rule.step(r, opened, hyper, stack)
+        update = self._drive(stepping, run[0].shared) if isinstance(stepping, Generator) else stepping
+        for name, value in opened.items():
+            layout.write_(kept, name, value)
+        self._batches.put(run, states, kept)
+        return update
+
+    def _drive(self, steps: Generator[Tensor, Tensor, Update], shared: bool) -> Update:
+        """Give a rule the sums over the ranks that it asks for."""
+        try:
+            partial = next(steps)
+            while True:
+                total = partial
+                if shared:
+                    total = self._comm.all_reduce(partial.to(self._device).contiguous(), "sums of a rule").wait()
+                partial = steps.send(total.to(partial.device))
+        except StopIteration as stop:
+            return stop.value
+
+    def _lift(
+        self,
+        plan: MatrixPlan,
+        state: MatrixState,
+        low: Tensor | None,
+        scales: Tensor | None,
+        blocks: Sequence[Tensor],
+        basis: Tensor | None,
+        hyper: Hyper,
+        updates: dict[str, Tensor],
+    ) -> None:
+        """Move the weights of rows that lie where they are computed; updates of the others."""
+        share = plan.shares[self._rank]
+        assert share is not None
+        step_size, keep = hyper.lr * hyper.scale, 1.0 - hyper.lr * hyper.weight_decay
+        whole = share.rows - _buffered_rows(plan, share)
+        if share.view is not None:
+            weights = as_rows(self._held.weights(plan, share.view), plan.side)
+            place = self._place(plan, state, share.view, plan.side)
+            push = None if scales is None else Push(scales[:whole] * hyper.lr, blocks[0])
+            inside = None if low is None else low[:whole]
+            if weights.device == self._device:
+                lift_(weights, inside, basis, step_size, keep, place, push)
+            else:  # offloaded weights visit the device one matrix at a time
+                visiting = weights.to(self._device)
+                if push is not None:
+                    push = Push(push.row_step, push.gradient.to(self._device))
+                lift_(visiting, inside, basis, step_size, keep, place, push)
+                weights.copy_(visiting)
+        if share.buffer is not None:
+            update = torch.empty(share.buffer.shape, dtype=plan.dtype, device=self._device)
+            push = None if scales is None else Push(scales[whole:] * hyper.lr, blocks[-1])
+            inside = None if low is None else low[whole:]
+            lift_(as_rows(update, plan.side), inside, basis, step_size, 0.0, None, push)
+            updates[plan.name] = update
 
     def _place(self, plan: MatrixPlan, state: MatrixState, box: Box, side: Side) -> Place | None:
         """Where the rows that ``side`` makes of a box are in W, for stochastic rounding."""
         if self._rounding_seed is None or plan.weight_dtype != torch.bfloat16:
             return None
         n = plan.shape[1]
-        key = rounding_key(self._rounding_seed, plan.name, int(state["step"]))
+        key = rounding_key(self._rounding_seed, plan.name, number_of(state, "step"))
         return Place(key, box.top * n + box.left, (n, 1) if side == "right" else (1, n))
 
-    def _lift_view(
-        self, a: Tensor, direction: Tensor, basis: Tensor, step_size: float, keep: float, place: Place | None
-    ) -> None:
-        if a.device == basis.device:
-            lift_(a, direction, basis, step_size, keep, place)
-        else:  # offloaded weights visit the device one matrix at a time
-            visiting = a.to(basis.device)
-            lift_(visiting, direction, basis, step_size, keep, place)
-            a.copy_(visiting)
 
-    def _has_gradient(self, plan: MatrixPlan) -> bool:
-        return plan.parts[self._rank] is not None and self._layout.grad(plan.parameter) is not None
+class Leaving:
+    """Updates and weights on their way to those who hold them.
 
-    def _gradient(self, plan: MatrixPlan) -> Tensor:
-        grad = self._layout.grad(plan.parameter)
-        if grad is not None:
-            return grad
-        if plan.parameter not in self._missing:
-            self._missing[plan.parameter] = torch.zeros_like(self._layout.weight(plan.parameter))
-        return self._missing[plan.parameter]
+    Args:
+        updates: of rows that were computed elsewhere.
+        weights: copies of rows that every rank holds.
+    """
 
-    def _weight(self, plan: MatrixPlan) -> Tensor:
-        # Where it is a copy, all of a parameter's matrices are written into the same one.
-        if plan.parameter not in self._weights:
-            self._weights[plan.parameter] = self._layout.weight(plan.parameter)
-        return self._weights[plan.parameter]
-
-    def _store(self) -> None:
-        for name, weights in self._weights.items():
-            self._layout.store(name, weights)
-        self._weights.clear()
-
-    def _home(self, plan: MatrixPlan) -> torch.device:
-        """Where states lie: with the weights, which may be offloaded."""
-        held = plan.parameter in self._layout.pieces
-        return self._layout.weight(plan.parameter).device if held else self._device
-
-
-def waves_of(plans: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
-    """Due matrices in portions that are refreshed side by side: at a first step everything is due."""
-    portions: dict[tuple[int, int], list[MatrixPlan]] = {}
-    for plan in plans:
-        portions.setdefault((plan.wave, plan.gap), []).append(plan)
-    return [portions[key] for key in sorted(portions)]
-
-
-def batches_of(plans: Sequence[MatrixPlan]) -> Iterator[list[MatrixPlan]]:
-    """Consecutive matrices of one dtype whose rows travel together."""
-    batch: list[MatrixPlan] = []
-    numbers = 0
-    for plan in plans:
-        travelling = plan.shape[0] * plan.shape[1] // (1 if plan.replicated else plan.copy.count(plan.copy[0]))
-        cost = travelling if plan.moves or plan.replicated else 0
-        if batch and (numbers + cost > BATCH_NUMBERS or plan.dtype != batch[0].dtype):
-            yield batch
-            batch, numbers = [], 0
-        batch.append(plan)
-        numbers += cost
-    if batch:
-        yield batch
-
-
-def _shared_first(plans: Sequence[MatrixPlan]) -> list[MatrixPlan]:
-    """What is shared is the same on all ranks only if it does not alternate with what is not."""
-    return [p for p in plans if p.shared] + [p for p in plans if not p.shared]
+    def __init__(self, updates: Pending[Arrived], weights: Sequence[Pending[None]]):
+        self.updates = updates
+        self.weights = weights
 
 
 def _keep(group: Mapping[str, Any]) -> float:

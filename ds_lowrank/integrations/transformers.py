@@ -219,15 +219,16 @@ def metrics(optimizer: Any) -> dict[str, float]:
     inner = unwrap(optimizer)
     stats = inner.take_stats()
     comm = inner.comm
-    decomposed, captured, overlap, overlaps = comm.sum(
-        [stats.decomposed, stats.captured, stats.overlap, stats.overlaps]
+    refreshed, captured, captures, overlap, overlaps = comm.sum(
+        [stats.refreshed, stats.captured, stats.captures, stats.overlap, stats.overlaps]
     )
     seconds = max(comm.gather_objects(stats.seconds))
     found: dict[str, float] = {}
-    if decomposed:
-        found["lowrank/refreshes"] = decomposed
+    if refreshed:
+        found["lowrank/refreshes"] = refreshed
         found["lowrank/refresh_seconds"] = round(seconds, 4)
-        found["lowrank/captured_energy"] = round(captured / decomposed, 4)
+    if captures:
+        found["lowrank/captured_energy"] = round(captured / captures, 4)
     if overlaps:
         found["lowrank/overlap"] = round(overlap / overlaps, 4)
     return found

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ds_lowrank.config import LowRankConfig
-from ds_lowrank.engine.refresh import gram_dtype_on
+from ds_lowrank.engine.evidence import gram_dtype_on
 from ds_lowrank.layouts import BF16_MASTER
 from ds_lowrank.planner.activations import Activations, activations
 from ds_lowrank.planner.arrangement import Arrangement, find_places

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_lowrank.engine.step import batches_of, waves_of
+from ds_lowrank.engine.batches import batches_of, waves_of
 from ds_lowrank.planner.formats import rows_bytes
 from ds_lowrank.planner.holdings import Holding
 from ds_lowrank.subspace.project import widened_rows

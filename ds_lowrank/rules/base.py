@@ -11,6 +11,7 @@ engine moves rows, keeps states in their formats, adds up what a rule yields, an
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -130,6 +131,11 @@ class Rule:
     reads_gradient: ClassVar[bool] = False
     lifts: ClassVar[bool] = True
     needs_orthonormal: ClassVar[bool] = False
+
+    @property
+    def sums(self) -> bool:
+        """Whether :meth:`step` is a generator, which asks for sums over the ranks."""
+        return inspect.isgeneratorfunction(type(self).step)
 
     # A rule whose moments are read, stepped and written at once, in whatever formats they are kept: given the formats,
     # the kept tensors by their keys, R (overwritten) and the hyper-parameters, it does all of :meth:`step`.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ds_lowrank.comm.collectives import Comm
-from ds_lowrank.engine.refresh import MatrixState
-from ds_lowrank.engine.step import LowRankStep
+from ds_lowrank.engine.state import MatrixState
 from ds_lowrank.layouts import Member, local_tensors
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.state_dict.pieces import EIGHT_BIT_KEY, STATE_KEY
@@ -23,7 +22,11 @@ _CODES = "the loaded optimizer state has 8-bit moments, and this run has none: u
 
 
 def adopt_states(
-    states: Mapping[str, MatrixState], plans: Sequence[MatrixPlan], stepper: LowRankStep, comm: Comm, loaded: bool
+    states: Mapping[str, MatrixState],
+    plans: Sequence[MatrixPlan],
+    fit: Callable[[MatrixPlan, MatrixState], str | None],
+    comm: Comm,
+    loaded: bool,
 ) -> None:
     """Check this rank's states against the plan and put them where the weights are: loaders leave them on the CPU.
 
@@ -32,7 +35,7 @@ def adopt_states(
     Args:
         states: name of a matrix -> state.
         plans: of the matrices of which this rank keeps something.
-        stepper: knows what a state has to hold.
+        fit: says what of a state does not fit, see :meth:`ds_lowrank.engine.state.NewStates.fit`.
         comm: the collectives.
         loaded: whether something was; accelerate loads the empty state that it took from here.
 
@@ -50,7 +53,7 @@ def adopt_states(
             if not isinstance(state, MutableMapping):
                 wrong.append(f"the state of {label} is of type {type(state).__name__}, not a mapping")
                 continue
-            fault = stepper.fit_state(plan, state) or counters_fault(label, state)
+            fault = fit(plan, state) or counters_fault(label, state)
             if fault:
                 wrong.append(fault)
             else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lowrank.comm.collectives import Comm
-from ds_lowrank.engine.refresh import HISTORY, MatrixState, tensor_of
+from ds_lowrank.engine.state import HISTORY, MatrixState, tensor_of
 from ds_lowrank.layouts import ParameterLayout, local_tensors
 from ds_lowrank.methods import saved_layout
 from ds_lowrank.plan.matrices import MatrixPlan
@@ -44,7 +44,7 @@ class ParameterStates:
         layout: how the parameters lie.
         comm: the collectives.
         plans: of all projected matrices.
-        new_state: see :meth:`ds_lowrank.engine.step.LowRankStep.new_state`.
+        new_state: see :class:`ds_lowrank.engine.state.NewStates`.
         kept: what a state keeps, and how.
     """
 

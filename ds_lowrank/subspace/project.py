@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,23 +68,20 @@ def gram_of_short_rows(a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return triangle @ triangle.mT, frame
 
 
-def project(a: Tensor, basis: Tensor) -> Tensor:
+def project(a: Tensor, basis: Tensor, out: Tensor) -> None:
     """R = A B.
 
     Args:
         a: rows × short, any float dtype.
         basis: short × r; its dtype is the dtype of the product.
-
-    Returns:
-        rows × r in the basis' dtype.
+        out: rows × r in the basis' dtype, overwritten.
     """
     if a.dtype == basis.dtype:
-        return a @ basis
-    out = basis.new_empty(a.shape[0], basis.shape[1])
+        torch.mm(a, basis, out=out)
+        return
     chunk = widened_rows(a.shape[1])
     for rows, product in zip(a.split(chunk), out.split(chunk)):
         torch.mm(rows.to(basis.dtype), basis, out=product)
-    return out
 
 
 # What a row of a gradient has in a direction orthogonal to it came out as up to 3 u ‖row‖ for the unit roundoff u
@@ -108,33 +106,70 @@ def drop_rounding_(product: Tensor, a: Tensor, drawn: Tensor, gradient_dtype: to
     product.masked_fill_((product.abs() <= floor) & drawn.to(product.device), 0.0)
 
 
+class Push(NamedTuple):
+    """How the gradient itself moves rows: by − row_step ⊙ ∇A.
+
+    Attributes:
+        row_step: learning rate times s, (rows,), the dtype that is computed with.
+        gradient: rows × short, any float dtype.
+    """
+
+    row_step: Tensor
+    gradient: Tensor
+
+
 def lift_(
-    a: Tensor, direction: Tensor, basis: Tensor, step_size: float, keep: float, place: Place | None = None
+    a: Tensor,
+    direction: Tensor | None,
+    basis: Tensor | None,
+    step_size: float,
+    keep: float,
+    place: Place | None = None,
+    push: Push | None = None,
 ) -> None:
-    """A ← keep · A − step_size · N Bᵀ, in place.
+    """A ← keep · A − step_size · N Bᵀ − row_step ⊙ ∇A, in place.
 
     Args:
         a: rows × short, the weights (or an update buffer), any float dtype and strides.
-        direction: N, rows × r.
+        direction: N, rows × r; ``None``: there is none.
         basis: B, short × r, the dtype of ``direction``.
         step_size: learning rate times scale.
         keep: 1 − learning rate · weight decay; 0 overwrites ``a`` (its old content is not read, NaN included).
         place: where A is in its matrix: bf16 weights are rounded stochastically then.
+        push: of rules that move by the gradient itself.
 
-    A dtype narrower than the basis' is computed in the basis' dtype and rounded once, to nearest without a ``place``.
+    A dtype narrower than what is computed with is computed in that and rounded once, to nearest without a ``place``.
     """
-    if a.dtype == basis.dtype:
-        a.addmm_(direction, basis.mT, beta=keep, alpha=-step_size)
-    elif basis.dtype == torch.float32 and fused(a, direction, basis):
+    work = direction if direction is not None else push.row_step if push is not None else a
+    if a.dtype == work.dtype:
+        _move(a, direction, basis, step_size, keep, push)
+    elif push is None and basis is not None and work.dtype == torch.float32 and fused(a, work, basis):
         from ds_lowrank.kernels import triton_lift
 
-        triton_lift.lift_(a, direction, basis, step_size, keep, place)
+        triton_lift.lift_(a, work, basis, step_size, keep, place)
     else:
         chunk = widened_rows(a.shape[1])
-        for k, (rows, part) in enumerate(zip(a.split(chunk), direction.split(chunk))):
-            wide = rows.to(basis.dtype).addmm_(part, basis.mT, beta=keep, alpha=-step_size)
-            round_(rows, wide, place and place.below(k * chunk))
+        for at in range(0, len(a), chunk):
+            rows = a[at : at + chunk]
+            part = None if direction is None else direction[at : at + chunk]
+            pushing = None if push is None else Push(push.row_step[at : at + chunk], push.gradient[at : at + chunk])
+            wide = rows.to(work.dtype)
+            _move(wide, part, basis, step_size, keep, pushing)
+            round_(rows, wide, place and place.below(at))
             del wide  # before the next is made
+
+
+def _move(
+    a: Tensor, direction: Tensor | None, basis: Tensor | None, step_size: float, keep: float, push: Push | None
+) -> None:
+    if direction is not None and basis is not None:
+        a.addmm_(direction, basis.mT, beta=keep, alpha=-step_size)
+    elif keep == 0.0:
+        a.zero_()
+    elif keep != 1.0:
+        a.mul_(keep)
+    if push is not None:
+        a.addcmul_(push.row_step[:, None], push.gradient.to(a.dtype), value=-1)
 
 
 def round_(a: Tensor, wide: Tensor, place: Place | None) -> None:

@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 
-from ds_lowrank.subspace.selection import generator_for, random_basis, select
+from ds_lowrank.selections import SELECTIONS, Key
+from ds_lowrank.selections.random import random_basis
+
+
+def generator_for(seed: int, name: str, refresh: int) -> torch.Generator:
+    return Key(seed, name, refresh).generator()
+
+
+def select(sigma: torch.Tensor, rank: int, selection: str, generator: torch.Generator) -> torch.Tensor:
+    return SELECTIONS.make(selection).choose(sigma, rank, generator)
 
 
 def draw(sigma: torch.Tensor, rank: int, refresh: int, selection: str = "importance") -> list[int]:
@@ -89,7 +98,7 @@ def test_unknown_selection_is_refused():
 
 
 def test_random_basis_is_orthonormal_and_unbiased():
-    bases = [random_basis(6, 2, torch.float64, generator_for(0, "w", k)) for k in range(600)]
+    bases = [random_basis(6, 2, generator_for(0, "w", k)) for k in range(600)]
     assert torch.allclose(bases[0].mT @ bases[0], torch.eye(2, dtype=torch.float64))
     projector = sum(b @ b.mT for b in bases) / len(bases)
     assert torch.allclose(projector, torch.eye(6, dtype=torch.float64) / 3, atol=0.06)
