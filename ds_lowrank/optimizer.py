@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -152,6 +152,7 @@ class LowRankAdamW(JoinableOptimizer):
         self._frozen: set[str] = set()  # names, as of the last step
         self._loaded = bool(self.state)
         self._layout: Layout | None = None
+        self._names: dict[int, list[str]] = {}  # of the parameters in a group's tensor
         self._outdated = False  # whether groups were added since the layout was found
         self._plans: list[MatrixPlan] = []
         self._stateful: list[MatrixPlan] = []  # of which this rank keeps something
@@ -313,6 +314,7 @@ class LowRankAdamW(JoinableOptimizer):
         self._stateful = [p for p in self._plans if p.shared or p.shares[rank] is not None]
         self._group_of = {m.name: m.group for m in self._members}
         self._layout, self._outdated = found.layout, False
+        self._names = {}
         if self.config.layerwise:
             self._layerwise = step_in_backward(
                 found, self.config, self._adopted_states, lambda: dict(enumerate(self._all_groups)), self._step_alone
@@ -419,7 +421,8 @@ class LowRankAdamW(JoinableOptimizer):
     def _step(self, has_data: bool) -> None:
         self.ensure_state()
         assert self._layout is not None
-        check_join(self, self._layout, self._ddp_models)
+        if self._layout.ranks.size > 1:
+            check_join(self, self._layout, self._ddp_models)
         if self._layout.replicated and not self.reminded:
             self.reminded = True
             if self._layout.ranks.rank == 0:
@@ -431,8 +434,9 @@ class LowRankAdamW(JoinableOptimizer):
 
     def _step_members(self, layout: Layout) -> None:
         assert self._stepper is not None
-        check_left_out(self._left_out)
-        frozen = {m.name for m in self._members if not m.parameter.requires_grad}
+        if self._left_out:
+            check_left_out(self._left_out)
+        frozen = {m.name for m in self._members if m.held is not None and not m.held.requires_grad}
         if self._frozen - frozen:
             self._gradients.again()
         self._frozen = frozen
@@ -442,7 +446,7 @@ class LowRankAdamW(JoinableOptimizer):
         lowrank = {plan.group for plan in self._plans}
         done = frozen | (self._layerwise.stepped if self._layerwise is not None else set())
         for group in self.param_groups:
-            names = [name for tensor in group["params"] for name in layout.names_in(tensor)]
+            names = self._names_of(group["params"], layout)
             index = self._group_of[names[0]] if names else -1
             if index in lowrank:
                 stepping.update(name for name in names if name not in frozen)
@@ -453,6 +457,15 @@ class LowRankAdamW(JoinableOptimizer):
         if self._layerwise is not None:
             plans = self._layerwise.remaining(plans)
         self._stepper.run(plans, self.state[STATE_KEY], groups)  # type: ignore[index]
+
+    def _names_of(self, tensors: Sequence[Tensor], layout: Layout) -> list[str]:
+        """Names of the parameters in tensors of a group; asked for once."""
+        known, names = self._names, []
+        for tensor in tensors:
+            if id(tensor) not in known:
+                known[id(tensor)] = layout.names_in(tensor)
+            names += known[id(tensor)]
+        return names
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; with ``layerwise`` also what was accumulated in their place."""

@@ -11,8 +11,9 @@ are started in the same order on every rank.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -97,9 +98,7 @@ class Comm:
         return self._start(
             "all-to-all",
             purpose,
-            lambda: dist.all_to_all_single(
-                incoming, outgoing, list(receive), sizes, group=self.ranks.process_group, async_op=True
-            ),
+            partial(dist.all_to_all_single, incoming, outgoing, list(receive), sizes, self.ranks.process_group, True),
             lambda: list(incoming.split(list(receive))),
             outgoing,
         )
@@ -125,7 +124,7 @@ class Comm:
         return self._start(
             "all-gather",
             purpose,
-            lambda: _all_gather(whole, mine, group=self.ranks.copy_group, async_op=True),
+            partial(_all_gather, whole, mine, self.ranks.copy_group, True),
             lambda: [part[:size] for part, size in zip(whole.split(most), sizes)],
             mine,
         )
@@ -189,42 +188,46 @@ class Comm:
         gathered: list[Any] = [None] * self.ranks.size
         # torch takes the current device for objects, which need not be this rank's.
         on_device = torch.cuda.device(self.ranks.device) if self.ranks.device.type == "cuda" else nullcontext()
-        with self._named("all-gather", purpose), on_device:
-            dist.all_gather_object(gathered, value, group=self.ranks.process_group)
+        try:
+            with on_device:
+                dist.all_gather_object(gathered, value, group=self.ranks.process_group)
+        except RuntimeError as error:
+            raise self._failed("all-gather", purpose, error) from error
         return gathered
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum of a few numbers over the ranks. Collective over all ranks; in float64."""
         total = torch.tensor(list(values), dtype=torch.float64, device=self.ranks.device)
         if self.ranks.size > 1:
-            with self._named("sum", "figures"):
+            try:
                 dist.all_reduce(total, group=self.ranks.process_group)
+            except RuntimeError as error:
+                raise self._failed("sum", "figures", error) from error
         return total.tolist()
 
     def _start(
         self, collective: str, purpose: str, start: Callable[[], Any], result: Callable[[], T], *alive: Tensor
     ) -> Pending[T]:
         """Start a collective; ``alive`` is what must not be freed before it has ended."""
-        with self._named(collective, purpose):
+        try:
             work = start()
-
+        except RuntimeError as error:
+            raise self._failed(collective, purpose, error) from error
         held = list(alive)
 
         def wait() -> T:
-            with self._named(collective, purpose):
+            try:
                 work.wait()
+            except RuntimeError as error:
+                raise self._failed(collective, purpose, error) from error
             held.clear()
             return result()
 
         return Pending(wait)
 
-    @contextmanager
-    def _named(self, collective: str, purpose: str) -> Iterator[None]:
-        """Errors of a collective say which it was: a rank that died or hangs shows up on all others here."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise RuntimeError(f"{collective} of {purpose} failed on rank {self.ranks.rank}: {error}") from error
+    def _failed(self, collective: str, purpose: str, error: RuntimeError) -> RuntimeError:
+        """An error that says which collective it was: a rank that died or hangs shows up on all others here."""
+        return RuntimeError(f"{collective} of {purpose} failed on rank {self.ranks.rank}: {error}")
 
 
 # torch 2.13 has renamed it; the old name warns there.

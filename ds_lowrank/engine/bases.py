@@ -74,6 +74,9 @@ class Bases:
         """A basis that this rank keeps whole, or that nobody keeps: short × r; ``None`` where no row is computed."""
         if plan.shares[self._rank] is None:
             return None
+        kept = state.get("basis")
+        if isinstance(kept, Tensor) and kept.dtype == plan.dtype and kept.device == self._device:
+            return kept  # as it is computed with
         if not self._method.selection.stored:
             key = Key(self._method.seed, plan.name, number_of(state, "refreshes") - 1)
             drawn = self._method.selection.draw(key, plan.short, plan.r, plan.dtype, self._device)
@@ -93,7 +96,8 @@ class Bases:
         """
         sharded = [p for p in plans if p.basis_sharded and self._method.selection.stored]
         # Those that all ranks use travel in one all-gather, those that few use among these.
-        parts = [part for few in (False, True) if (part := [p for p in sharded if self._few_take(p) is few])]
+        size = len(self._group)
+        parts = [part for few in (False, True) if (part := [p for p in sharded if (p.fewest < size) is few])]
         joining = []
         for part in parts:
             stored = [self._stored(states[p.name]) for p in part]
@@ -119,9 +123,6 @@ class Bases:
         found = [state.get(key) for key in self._format.keys("basis")]
         return [tensor.to(self._device) for tensor in found if isinstance(tensor, Tensor)]
 
-    def _few_take(self, plan: MatrixPlan) -> bool:
-        return any(plan.shares[k] is None for k in self._group)
-
     def _join(
         self, plans: Sequence[MatrixPlan], mine: Sequence[Tensor | None], widths: Sequence[int], dtype: torch.dtype
     ) -> Pending[list[Tensor | None]]:
@@ -138,7 +139,7 @@ class Bases:
             for k in self._everyone
         ]
         held = [part.reshape(-1).to(self._device) for part in mine if part is not None]
-        if not self._few_take(plans[0]):
+        if plans[0].fewest == len(self._group):
             nothing = torch.empty(0, dtype=dtype, device=self._device)
             packed = held[0] if len(held) == 1 else torch.cat(held or [nothing])
             gathering = self._comm.all_gather(packed, [sum(counts[k]) for k in self._group], "bases joined")

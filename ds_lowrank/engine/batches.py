@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_lowrank.engine.state import MatrixState, tensor_of
 from ds_lowrank.plan.matrices import MatrixPlan
+from ds_lowrank.states.formats import RowTensor
 from ds_lowrank.states.layout import StateLayout
 
 # Numbers that travel together: enough to hide latencies, little beside a model that needs sharding.
@@ -68,6 +70,8 @@ class Batches:
         # name -> (batch, place in it)
         self._at = {p.name: (b, k) for b, batch in enumerate(batches_of(plans)) for k, p in enumerate(batch)}
         self._whole: dict[int, _Stacked] = {}
+        # Keys of what is cut as the rows of A, and of what is one a matrix, for matrices of one r and dtype.
+        self._keys: dict[tuple[int, torch.dtype], tuple[list[str], dict[str, Tensor]]] = {}
 
     def group(self, plans: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
         """Some of the matrices, batch by batch."""
@@ -101,30 +105,38 @@ class Batches:
             Tensors that share the states' memory, but for those of one a matrix: see :meth:`put`.
         """
         first = run[0]
-        tensors = self._kept.tensors(first.r, first.dtype)
-        rows = [key for key, kept in tensors.items() if kept.axis == "rows"]
-        single = {key: kept for key, kept in tensors.items() if kept.axis == "matrix"}
+        kind = (first.r, first.dtype)
+        keys = self._keys.get(kind)
+        if keys is None:
+            tensors = self._kept.tensors(*kind)
+            keys = self._keys[kind] = ([k for k, t in tensors.items() if t.axis == "rows"], self._single(tensors))
+        rows, single = keys
         if len(here) == 1:
             state = states[here[0].name]
-            found = {key: tensor_of(state, key) for key in rows}
+            found: dict[str, Any] = {key: state[key] for key in rows}
         elif here:
             found = self._rows_of(here, rows, states)
         else:
+            tensors = self._kept.tensors(*kind)
             found = {key: torch.zeros(0, tensors[key].width, dtype=tensors[key].dtype) for key in rows}
-        for key, kept in single.items():
-            none = torch.full((1, kept.width), kept.fill, dtype=kept.dtype)
+        for key, none in single.items():
             of = [states[p.name].get(key, none) for p in run]
             home = next((t.device for t in of if isinstance(t, Tensor) and t is not none), none.device)
             found[key] = torch.cat([t.to(home) for t in of if isinstance(t, Tensor)])
         return found
 
+    @staticmethod
+    def _single(tensors: Mapping[str, RowTensor]) -> dict[str, Tensor]:
+        """What is one a matrix, as it is before the first step."""
+        single = {key: tensor for key, tensor in tensors.items() if tensor.axis == "matrix"}
+        return {key: torch.full((1, t.width), t.fill, dtype=t.dtype) for key, t in single.items()}
+
     def put(self, run: Sequence[MatrixPlan], states: Mapping[str, MatrixState], kept: Mapping[str, Tensor]) -> None:
         """Keep what of a run is one a matrix."""
-        for key, tensor in self._kept.tensors(run[0].r, run[0].dtype).items():
-            if tensor.axis == "matrix":
-                for k, plan in enumerate(run):
-                    if key in states[plan.name]:
-                        tensor_of(states[plan.name], key).copy_(kept[key][k : k + 1])
+        for key in self._keys[run[0].r, run[0].dtype][1]:
+            for k, plan in enumerate(run):
+                if key in states[plan.name]:
+                    tensor_of(states[plan.name], key).copy_(kept[key][k : k + 1])
 
     def _rows_of(
         self, here: Sequence[MatrixPlan], keys: Sequence[str], states: Mapping[str, MatrixState]

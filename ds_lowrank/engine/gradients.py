@@ -42,7 +42,12 @@ class GradientCheck:
         """
         if not self._layout.steps_alone:
             return
-        fault = next((text for m in members if (text := sparse_fault(m.name, m.parameter))), None)
+        held = [(m.name, m.held) for m in members if m.held is not None]
+        fault = None
+        for name, parameter in held:
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                fault = sparse_fault(name, parameter)
+                break
         if fault and (self._done or not self._layout.replicated):
             raise RuntimeError(fault)
         if self._done:

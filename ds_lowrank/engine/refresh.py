@@ -194,25 +194,27 @@ class Refresher:
     ) -> dict[str, Tensor]:
         """B_oldᵀ B_new (r × r), both as they are used, of every matrix of which this rank keeps rows of the basis.
 
-        Of a sharded basis it is the sum of what the slices of rows contribute. Collective then.
+        Of a sharded basis it is the sum of what the slices of rows contribute: on every rank that computes, if moments
+        need it there, otherwise on the owner, which reports how far the subspace has turned. Collective then.
         """
-        form = self._format
+        form, group = self._format, self._comm.ranks.shard_group
         crosses = {}
         for plan in [p for p in plans if p.name in stored]:
             new = form.decode(stored[plan.name], plan.r, plan.dtype)
             crosses[plan.name] = form.read(states[plan.name], "basis", plan.r, plan.dtype).to(new).mT @ new
-        sharded = [p for p in plans if p.basis_sharded]
-        if sharded:
-            squares = [p.r**2 for p in sharded]
-            sums = torch.zeros(sum(squares), dtype=sharded[0].dtype, device=self._comm.ranks.device)
-            for plan, part in zip(sharded, sums.split(squares)):
-                if plan.name in crosses:
-                    part.view(plan.r, plan.r).copy_(crosses[plan.name])
-                    crosses[plan.name] = part.view(plan.r, plan.r)
-            self._comm.all_reduce(sums, "overlaps").wait()
-            for plan, part in zip(sharded, sums.split(squares)):
-                if plan.owner == self._rank:
-                    crosses[plan.name] = part.view(plan.r, plan.r)
+        summing = []
+        for plan in [p for p in plans if p.basis_sharded]:
+            mine = crosses.pop(plan.name, None)
+            if mine is None:
+                mine = torch.zeros(plan.r, plan.r, dtype=plan.dtype, device=self._comm.ranks.device)
+            if self._method.carry.needs_cross:
+                summing.append((plan, self._comm.all_reduce(mine, "overlaps")))
+            elif plan.owner in group:  # other copies of the model leave it to this one
+                summing.append((plan, self._comm.reduce(mine, plan.owner, "overlaps")))
+        for plan, pending in summing:
+            total = pending.wait()
+            if plan.owner == self._rank or self._method.carry.needs_cross:
+                crosses[plan.name] = total
         return crosses
 
     def _carry(self, plan: MatrixPlan, state: MatrixState, cross: Tensor, betas: tuple[float, float]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ds_lowrank.comm.collectives import Comm, Pending, done
+from ds_lowrank.comm.collectives import Comm, Pending
 from ds_lowrank.engine.held import Held
 from ds_lowrank.plan.geometry import Box
 from ds_lowrank.plan.matrices import MatrixPlan
@@ -20,6 +20,8 @@ from ds_lowrank.subspace.sides import as_rows
 Blocks = dict[str, list[Tensor]]
 # Boxes of W with what arrived for them, flat.
 Arrived = list[tuple[MatrixPlan, Box, Tensor]]
+# Ranks with boxes that go there, and with boxes that come from there.
+Route = tuple[list[tuple[int, Box]], list[tuple[int, Box]]]
 
 
 class RowExchange:
@@ -35,14 +37,14 @@ class RowExchange:
         self._held = held
         self._rank = comm.ranks.rank
         self._device = comm.ranks.device
-        self._routes: dict[tuple[str, str], tuple[list[tuple[int, Box]], list[tuple[int, Box]]]] = {}
+        self._routes: dict[tuple[str, bool], Route] = {}
 
     def local(self, plan: MatrixPlan) -> list[Tensor]:
-        """The block of rows that lies where it is computed, if there is one."""
-        share = plan.shares[self._rank]
-        if share is None or share.view is None:
-            return []
-        return [as_rows(self._held.gradient(plan, share.view), plan.side)]
+        """The block of rows that lies where it is computed, if there is one; zeros where the gradient is missing."""
+        rows = self._held.gradient_rows(plan)
+        if rows is None:
+            rows = self._held.missing_rows(plan)
+        return [] if rows is None else [rows]
 
     def collect(self, plans: Sequence[MatrixPlan]) -> Pending[Blocks]:
         """Bring the rows of A together that this rank computes. Collective when rows of one of ``plans`` move.
@@ -50,14 +52,18 @@ class RowExchange:
         Args:
             plans: matrices of one dtype; those that move are the same on all ranks.
         """
-        moving = [p for p in plans if p.moves]
-        arriving = self._move(moving, _held_boxes, _buffer_boxes, self._held.gradient, "gradient rows")
+        arrived = self._move([p for p in plans if p.moves], True, self._held.gradients, "gradient rows")
 
         def blocks() -> Blocks:
-            found = {p.name: self.local(p) for p in plans if p.shares[self._rank] is not None}
+            found: Blocks = {}
+            for plan in plans:
+                share = plan.shares[self._rank]
+                if share is not None:
+                    found[plan.name] = [] if share.view is None else self.local(plan)
             whole: dict[str, Tensor] = {}
-            for plan, box, values in arriving.wait():
-                frame = _buffer_boxes(plan, self._rank)[0]
+            for plan, box, values in arrived():
+                frame = plan.shares[self._rank].buffer  # type: ignore[union-attr]
+                assert frame is not None
                 if plan.name not in whole:
                     whole[plan.name] = torch.empty(frame.shape, dtype=plan.dtype, device=self._device)
                     found[plan.name].append(as_rows(whole[plan.name], plan.side))
@@ -66,18 +72,23 @@ class RowExchange:
 
         return Pending(blocks)
 
-    def send_back(self, plans: Sequence[MatrixPlan], updates: Mapping[str, Tensor]) -> Pending[Arrived]:
+    def send_back(self, plans: Sequence[MatrixPlan], updates: Mapping[str, Tensor]) -> Callable[[], Arrived]:
         """Bring what was computed elsewhere to who holds the weights. Collective as :meth:`collect`.
 
         Args:
             plans: those of the batch that make a step; the shared ones are the same on all ranks.
             updates: name -> what is added to the buffered rows of a matrix, in W's orientation.
+
+        Returns:
+            What waits for it.
         """
 
-        def read(plan: MatrixPlan, box: Box) -> Tensor:
-            return _inside(updates[plan.name], _buffer_boxes(plan, self._rank)[0], box)
+        def read(plan: MatrixPlan, boxes: Sequence[Box]) -> list[Tensor]:
+            frame = plan.shares[self._rank].buffer  # type: ignore[union-attr]
+            assert frame is not None
+            return [_inside(updates[plan.name], frame, box) for box in boxes]
 
-        return self._move([p for p in plans if p.moves], _buffer_boxes, _held_boxes, read, "updates")
+        return self._move([p for p in plans if p.moves], False, read, "updates")
 
     def hand_round(self, plans: Sequence[MatrixPlan]) -> list[Pending[None]]:
         """Where every rank holds matrices whole, copy the rows that other ranks have computed: weights and not updates,
@@ -106,41 +117,43 @@ class RowExchange:
     def _move(
         self,
         plans: Sequence[MatrixPlan],
-        source: Callable[[MatrixPlan, int], Sequence[Box]],
-        target: Callable[[MatrixPlan, int], Sequence[Box]],
-        read: Callable[[MatrixPlan, Box], Tensor],
+        out: bool,
+        read: Callable[[MatrixPlan, Sequence[Box]], list[Tensor]],
         purpose: str,
-    ) -> Pending[Arrived]:
-        """Send every part of my ``source`` boxes to the ranks of my copy whose ``target`` boxes contain it."""
+    ) -> Callable[[], Arrived]:
+        """Bring what ranks of my copy hold of buffered rows to those that compute them (``out``), or back."""
         if not plans:
-            return done([])
+            return list
         everyone = range(self._comm.ranks.size)
         outgoing: list[list[Tensor]] = [[] for _ in everyone]
         coming: list[list[tuple[MatrixPlan, Box]]] = [[] for _ in everyone]
+        sizes: list[list[int]] = [[] for _ in everyone]
         for plan in plans:
-            # The same in every step, and most ranks have nothing for each other.
-            key = (plan.name, purpose)
-            if key not in self._routes:
-                mine, group = self._rank, self._comm.ranks.shard_group
-                self._routes[key] = (
-                    [(k, b) for k in group for b in _meets(source(plan, mine), target(plan, k))],
-                    [(k, b) for k in group for b in _meets(source(plan, k), target(plan, mine))],
-                )
-            to, origin = self._routes[key]
-            for rank, box in to:
-                outgoing[rank].append(read(plan, box))
+            to, origin = self._routes.get((plan.name, out)) or self._find_route(plan, out)
+            for (rank, _), values in zip(to, read(plan, [box for _, box in to]) if to else ()):
+                outgoing[rank].append(values)
             for rank, box in origin:
                 coming[rank].append((plan, box))
-        exchange = self._comm.exchange(outgoing, [sum(b.numel for _, b in c) for c in coming], plans[0].dtype, purpose)
+                sizes[rank].append(box.numel)
+        exchange = self._comm.exchange(outgoing, [sum(s) for s in sizes], plans[0].dtype, purpose)
 
-        def boxes() -> Arrived:
-            return [
-                (plan, box, part)
-                for parts, values in zip(coming, exchange.wait())
-                for (plan, box), part in zip(parts, values.split([b.numel for _, b in parts]))
-            ]
+        def arrived() -> Arrived:
+            found: Arrived = []
+            for parts, size, values in zip(coming, sizes, exchange.wait()):
+                found += [(plan, box, part) for (plan, box), part in zip(parts, values.split(size))]
+            return found
 
-        return Pending(boxes)
+        return arrived
+
+    def _find_route(self, plan: MatrixPlan, out: bool) -> Route:
+        """Boxes that go to other ranks, and that come: the same in every step, and most ranks have nothing to do."""
+        source, target = (_held_boxes, _buffer_boxes) if out else (_buffer_boxes, _held_boxes)
+        mine, group = self._rank, self._comm.ranks.shard_group
+        route = self._routes[plan.name, out] = (
+            [(k, b) for k in group for b in _meets(source(plan, mine), target(plan, k))],
+            [(k, b) for k in group for b in _meets(source(plan, k), target(plan, mine))],
+        )
+        return route
 
 
 def _held_boxes(plan: MatrixPlan, rank: int) -> Sequence[Box]:

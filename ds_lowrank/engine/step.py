@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +15,14 @@ from ds_lowrank.engine.held import Held
 from ds_lowrank.engine.refine import Refiner
 from ds_lowrank.engine.refresh import Groups, Refresher
 from ds_lowrank.engine.rows import Arrived, Blocks, RowExchange
-from ds_lowrank.engine.state import MatrixState, NewStates, number_of, tensor_of
+from ds_lowrank.engine.state import MatrixState, NewStates, number_of
 from ds_lowrank.layouts.base import Layout
 from ds_lowrank.methods import Method
 from ds_lowrank.plan.geometry import Box
-from ds_lowrank.plan.matrices import MatrixPlan, Share
+from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.rules import Hyper, Stack, Update
 from ds_lowrank.states.rounding import Place, rounding_key
 from ds_lowrank.subspace.project import Push, drop_rounding_, lift_, project, round_
-from ds_lowrank.subspace.schedule import is_due
 from ds_lowrank.subspace.sides import Side, as_rows
 
 States = Mapping[str, MatrixState]
@@ -54,6 +53,10 @@ class LowRankStep:
     ):
         self._rounding_seed = rounding_seed
         self._method = method
+        self._periodic = method.selection.periodic
+        # Whether ranks that compute no row of a shared matrix have a part in its step.
+        self._everybody = method.rule.sums or method.selection.evidence == "sketch"
+        self._filled: dict[str, tuple[Tensor, int, Tensor | None]] = {}
         self._comm = comm
         self._rank = comm.ranks.rank
         self._device = comm.ranks.device
@@ -81,15 +84,17 @@ class LowRankStep:
         # what has one, and the collectives must not.
         summed, asked = self._projected, self._held.has_gradient
         plans = [
-            p for p in plans if p.name in states and ((p.shared and not p.replicated) or p.name in summed or asked(p))
+            p for p in plans if p.name in states and (not p.shared or not p.replicated or p.name in summed or asked(p))
         ]
         due = [p for p in plans if self.is_due(p, states)]
-        for wave in waves_of(due):
-            self.refresh_and_step(wave, states, groups)
-        done = {p.name for p in due if p.shared}
+        if due:
+            due = [p for p in due if p.shared or p.name in summed or asked(p)]
+            for wave in waves_of(due):
+                self.refresh_and_step(wave, states, groups)
+            done = {p.name for p in due if p.shared}
+            plans = [p for p in plans if p.name not in done]
         # A matrix whose gradient has always been zero has no basis: no step.
-        self._step_batches([p for p in plans if p.name not in done and states[p.name]["refreshes"]], states, groups)
-        self._held.end()
+        self._step_batches([p for p in plans if states[p.name]["refreshes"]], states, groups)
 
     def accumulate(self, plans: Sequence[MatrixPlan], states: States) -> None:
         """Project the gradients of a micro-step and add them to what the next step uses instead of a gradient.
@@ -124,8 +129,8 @@ class LowRankStep:
 
     def is_due(self, plan: MatrixPlan, states: States) -> bool:
         """Whether a matrix refreshes its subspace before its next step."""
-        step = number_of(states[plan.name], "step")
-        return is_due(step, plan.phase, plan.gap) if self._method.selection.periodic else step == 0
+        step = states[plan.name]["step"]
+        return bool(step == 0 or (self._periodic and is_due(int(step), plan.phase, plan.gap)))
 
     def refresh_and_step(self, plans: Sequence[MatrixPlan], states: States, groups: Groups) -> None:
         """Refresh a wave of matrices that are due, and step the shared ones. Collective when one of them is shared.
@@ -143,32 +148,47 @@ class LowRankStep:
             self._refresher.run(wave, rows, states, groups)
             for batch in self._batches.group([p for p in shared if states[p.name]["refreshes"]]):
                 leaving = self._step_batch(batch, rows, self._bases.join(batch, states).wait(), states, groups)
-                self._arrive(leaving, states, groups)
+                if leaving is not None:
+                    self._arrive(leaving, states, groups)
         self._held.store()
 
     def _step_batches(self, plans: Sequence[MatrixPlan], states: States, groups: Groups) -> None:
         """Step matrices that have a basis; while one batch is computed, rows and bases of the next are on their way."""
         batches = self._batches.group(plans)
-        ahead = self._fetch(batches[0], states) if batches else None
+        ahead = self._fetch(batches[0], states) if batches and batches[0][0].shared else None
         leaving: Leaving | None = None
+        rows: Blocks
+        bases: WholeBases
         for i, batch in enumerate(batches):
-            if ahead is None:
-                rows = {p.name: [] if p.name in self._projected else self._rows.local(p) for p in batch}
-                bases = {p.name: self._bases.whole(p, states[p.name]) for p in batch}
-            else:
+            if ahead is not None:
                 rows, bases = ahead[0].wait(), ahead[1].wait()
-            ahead = self._fetch(batches[i + 1], states) if i + 1 < len(batches) else None
-            left, leaving = leaving, self._step_batch(batch, rows, bases, states, groups)
-            self._arrive(left, states, groups)
-        self._arrive(leaving, states, groups)
+            else:
+                rows, bases = self._lying_here(batch, states)
+                batch = [p for p in batch if p.name in rows]
+            following = batches[i + 1] if i + 1 < len(batches) else None
+            ahead = self._fetch(following, states) if following and following[0].shared else None
+            left, leaving = leaving, self._step_batch(batch, rows, bases, states, groups) if batch else None
+            if left is not None:
+                self._arrive(left, states, groups)
+        if leaving is not None:
+            self._arrive(leaving, states, groups)
         self._held.store()
+
+    def _lying_here(self, batch: Sequence[MatrixPlan], states: States) -> tuple[Blocks, WholeBases]:
+        """Rows and bases of matrices that lie here whole, but for those without a gradient."""
+        rows: Blocks = {}
+        bases: dict[str, Tensor | None] = {}
+        for plan in batch:
+            gradient = None if plan.name in self._projected else self._held.gradient_rows(plan)
+            if gradient is not None or plan.name in self._projected:
+                rows[plan.name] = [] if gradient is None else [gradient]
+                bases[plan.name] = self._bases.whole(plan, states[plan.name])
+        return rows, bases
 
     def _fetch(
         self, batch: Sequence[MatrixPlan], states: States
-    ) -> tuple[Pending[Blocks], Pending[dict[str, Tensor | None]]] | None:
-        """Rows and bases of a batch, on their way; ``None``: all of it lies here."""
-        if not batch[0].shared:
-            return None
+    ) -> tuple[Pending[Blocks], Pending[dict[str, Tensor | None]]]:
+        """Rows and bases of shared matrices, on their way."""
         return self._rows.collect([p for p in batch if p.name not in self._projected]), self._bases.join(batch, states)
 
     def _step_batch(
@@ -181,19 +201,20 @@ class LowRankStep:
     ) -> Leaving | None:
         """Step a batch; of what is shared, updates leave for those who hold the weights."""
         updates: dict[str, Tensor] = {}
-        for run in self._batches.runs(batch, states):
+        for run in self._batches.runs(batch, states) if len(batch) > 1 else [batch]:
             self._step_run(run, rows, bases, states, groups[run[0].group], updates)
         if not batch[0].shared:
             return None
-        return Leaving(self._rows.send_back(batch, updates), self._rows.hand_round(batch))
+        weights = self._rows.hand_round(batch) if batch[0].replicated else ()
+        return Leaving(self._rows.send_back(batch, updates), weights)
 
-    def _arrive(self, leaving: Leaving | None, states: States, groups: Groups) -> None:
+    def _arrive(self, leaving: Leaving, states: States, groups: Groups) -> None:
         """Move the weights of this rank by what other ranks have computed."""
-        if leaving is None:
-            return
-        for plan, box, values in leaving.updates.wait():
-            place = self._place(plan, states[plan.name], box, "right")
-            _apply(self._held.weights(plan, box), values.view(box.shape), plan.dtype, _keep(groups[plan.group]), place)
+        for plan, box, values in leaving.updates():
+            group = groups[plan.group]
+            keep = 1.0 - float(group["lr"]) * group["weight_decay"]
+            place = None if self._rounding_seed is None else self._place(plan, states[plan.name], box, "right")
+            _apply(self._held.weights(plan, box), values.view(box.shape), plan.dtype, keep, place)
         for weights in leaving.weights:
             weights.wait()
 
@@ -207,18 +228,19 @@ class LowRankStep:
         updates: dict[str, Tensor],
     ) -> None:
         """Step the rows of A that this rank computes: a view of them in place, buffered ones into ``updates``."""
-        step = number_of(states[run[0].name], "step") + 1
+        step = int(states[run[0].name]["step"]) + 1
         for plan in run:
             states[plan.name]["step"] = step
-        here = [p for p in run if p.shares[self._rank] is not None]
-        selection, rule = self._method.selection, self._method.rule
-        if not here and not (run[0].shared and (rule.sums or selection.evidence == "sketch")):
+        shares = [p.shares[self._rank] for p in run]
+        here = [p for p, share in zip(run, shares) if share is not None]
+        if not here and not (self._everybody and run[0].shared):
             for plan in run:
                 self._projected.pop(plan.name, None)
             return
-        counts = [p.rows_of(self._rank) for p in run]
+        counts = [0 if share is None else share.stop - share.start for share in shares]
         r = torch.empty(sum(counts), run[0].r, dtype=run[0].dtype, device=self._device)
-        parts = dict(zip([p.name for p in here], r.split([c for c in counts if c])))
+        cuts = [count for count in counts if count]
+        parts = dict(zip([p.name for p in here], r.split(cuts) if len(cuts) > 1 else [r]))
         for plan in run:
             summed, basis = self._projected.pop(plan.name, None), bases[plan.name]
             if summed is not None:
@@ -226,9 +248,9 @@ class LowRankStep:
             elif basis is not None:
                 self._project(plan, states[plan.name], rows[plan.name], basis, parts[plan.name])
         refining = None
-        if selection.evidence == "sketch":
+        if self._method.selection.evidence == "sketch":
             refining = self._refiner.start(run, parts, rows, bases)
-        if not rule.reads_gradient:
+        if not self._method.rule.reads_gradient:
             for plan in run:
                 rows.pop(plan.name, None)  # what was brought here goes before updates come
         hyper = Hyper(
@@ -240,22 +262,11 @@ class LowRankStep:
             step,
             self._method.rule_options,
         )
-        blocks = [[b.to(self._device) for b in rows.get(p.name, ())] for p in run] if rule.reads_gradient else []
-        stack = Stack(counts, blocks, [bases[p.name] for p in run])
-        update = self._direct(run, here, r, hyper, stack, states)
-        low = None if update.low is None else update.low.to(self._device).split([c for c in counts if c])
-        scales = None if update.row_scale is None else update.row_scale.to(self._device).split([c for c in counts if c])
-        for k, plan in enumerate(here):
-            self._lift(
-                plan,
-                states[plan.name],
-                None if low is None else low[k],
-                None if scales is None else scales[k],
-                rows.pop(plan.name, []),
-                bases[plan.name],
-                hyper,
-                updates,
-            )
+        update = self._direct(run, here, counts, r, hyper, rows, bases, states)
+        lows = _parts(update.low, cuts, self._device)
+        scales = _parts(update.row_scale, cuts, self._device)
+        for plan, low, scale in zip(here, lows, scales):
+            self._lift(plan, states[plan.name], low, scale, rows.pop(plan.name, ()), bases[plan.name], hyper, updates)
         if refining is not None:
             self._refiner.finish(refining, states, step)
 
@@ -263,36 +274,50 @@ class LowRankStep:
         self, plan: MatrixPlan, state: MatrixState, blocks: Sequence[Tensor], basis: Tensor, out: Tensor
     ) -> None:
         """R from the blocks of the gradient's rows, into ``out``."""
-        indices = tensor_of(state, "indices")
-        filled_up = int(indices[0]) >= 0 > int(indices[-1])  # a basis of a gradient that had too few directions
+        drawn = self._drawn(plan.name, state)
         at = 0
         for block in blocks:
-            block = block.to(self._device)
-            product = out[at : at + len(block)]
+            if block.device != self._device:
+                block = block.to(self._device)
+            product = out if len(blocks) == 1 else out[at : at + len(block)]
             project(block, basis, product)
-            if filled_up:
-                drop_rounding_(product, block, indices < 0, plan.gradient_dtype)
+            if drawn is not None:
+                drop_rounding_(product, block, drawn, plan.gradient_dtype)
             at += len(block)
+
+    def _drawn(self, name: str, state: MatrixState) -> Tensor | None:
+        """Columns of a basis whose directions are none of a gradient's, where that had too few; else ``None``."""
+        indices = state["indices"]
+        assert isinstance(indices, Tensor)
+        known = self._filled.get(name)
+        if known is None or known[0] is not indices or known[1] != indices._version:
+            drawn = indices < 0 if int(indices[0]) >= 0 > int(indices[-1]) else None
+            known = self._filled[name] = (indices, indices._version, drawn)
+        return known[2]
 
     def _direct(
         self,
         run: Sequence[MatrixPlan],
         here: Sequence[MatrixPlan],
+        counts: Sequence[int],
         r: Tensor,
         hyper: Hyper,
-        stack: Stack,
+        rows: Blocks,
+        bases: WholeBases,
         states: States,
     ) -> Update:
         """What the rule makes of R (overwritten), computed where the moments lie."""
         rule, layout = self._method.rule, self._method.states
         kept = self._batches.kept(run, here, states)
-        width, dtype = r.shape[1], r.dtype
-        home = next(iter(kept.values())).device if kept and here else r.device
-        r = r.to(home)
+        if here and kept:
+            home = next(iter(kept.values())).device
+            r = r if r.device == home else r.to(home)
         if rule.kept_step is not None:
             return rule.kept_step(layout.formats, kept, r, hyper)
-        opened = {slot.name: layout.read(kept, slot.name, width, dtype) for slot in rule.slots}
-        stepping = rule.step(r, opened, hyper, stack)
+        blocks = [[b.to(r.device) for b in rows.get(p.name, ())] for p in run] if rule.reads_gradient else []
+        whole = [None if basis is None else basis.to(r.device) for basis in (bases[p.name] for p in run)]
+        opened = {slot.name: layout.read(kept, slot.name, r.shape[1], r.dtype) for slot in rule.slots}
+        stepping = rule.step(r, opened, hyper, Stack(counts, blocks, whole))
         update = self._drive(stepping, run[0].shared) if isinstance(stepping, Generator) else stepping
         for name, value in opened.items():
             layout.write_(kept, name, value)
@@ -316,7 +341,7 @@ class LowRankStep:
         plan: MatrixPlan,
         state: MatrixState,
         low: Tensor | None,
-        scales: Tensor | None,
+        scale: Tensor | None,
         blocks: Sequence[Tensor],
         basis: Tensor | None,
         hyper: Hyper,
@@ -326,12 +351,12 @@ class LowRankStep:
         share = plan.shares[self._rank]
         assert share is not None
         step_size, keep = hyper.lr * hyper.scale, 1.0 - hyper.lr * hyper.weight_decay
-        whole = share.rows - _buffered_rows(plan, share)
+        whole = share.stop - share.start - (0 if share.buffer is None else _buffered_rows(plan, share.buffer))
         if share.view is not None:
-            weights = as_rows(self._held.weights(plan, share.view), plan.side)
-            place = self._place(plan, state, share.view, plan.side)
-            push = None if scales is None else Push(scales[:whole] * hyper.lr, blocks[0])
-            inside = None if low is None else low[:whole]
+            weights = self._held.weight_rows(plan)
+            place = None if self._rounding_seed is None else self._place(plan, state, share.view, plan.side)
+            inside = low if low is None or share.buffer is None else low[:whole]
+            push = None if scale is None else Push(scale[:whole] * hyper.lr, blocks[0])
             if weights.device == self._device:
                 lift_(weights, inside, basis, step_size, keep, place, push)
             else:  # offloaded weights visit the device one matrix at a time
@@ -342,35 +367,36 @@ class LowRankStep:
                 weights.copy_(visiting)
         if share.buffer is not None:
             update = torch.empty(share.buffer.shape, dtype=plan.dtype, device=self._device)
-            push = None if scales is None else Push(scales[whole:] * hyper.lr, blocks[-1])
+            push = None if scale is None else Push(scale[whole:] * hyper.lr, blocks[-1])
             inside = None if low is None else low[whole:]
             lift_(as_rows(update, plan.side), inside, basis, step_size, 0.0, None, push)
             updates[plan.name] = update
 
     def _place(self, plan: MatrixPlan, state: MatrixState, box: Box, side: Side) -> Place | None:
         """Where the rows that ``side`` makes of a box are in W, for stochastic rounding."""
-        if self._rounding_seed is None or plan.weight_dtype != torch.bfloat16:
+        if plan.weight_dtype != torch.bfloat16:
             return None
+        assert self._rounding_seed is not None
         n = plan.shape[1]
         key = rounding_key(self._rounding_seed, plan.name, number_of(state, "step"))
         return Place(key, box.top * n + box.left, (n, 1) if side == "right" else (1, n))
 
 
-class Leaving:
+class Leaving(NamedTuple):
     """Updates and weights on their way to those who hold them.
 
-    Args:
-        updates: of rows that were computed elsewhere.
+    Attributes:
+        updates: waits for updates of rows that were computed elsewhere.
         weights: copies of rows that every rank holds.
     """
 
-    def __init__(self, updates: Pending[Arrived], weights: Sequence[Pending[None]]):
-        self.updates = updates
-        self.weights = weights
+    updates: Callable[[], Arrived]
+    weights: Sequence[Pending[None]]
 
 
-def _keep(group: Mapping[str, Any]) -> float:
-    return 1.0 - float(group["lr"]) * group["weight_decay"]
+def is_due(step: int, phase: int, gap: int) -> bool:
+    """Whether a matrix that has made ``step`` steps refreshes before its next: at its first, then every ``gap``."""
+    return step == 0 or (step - phase) % gap == 0
 
 
 def _apply(weights: Tensor, update: Tensor, dtype: torch.dtype, keep: float, place: Place | None) -> None:
@@ -381,8 +407,15 @@ def _apply(weights: Tensor, update: Tensor, dtype: torch.dtype, keep: float, pla
         round_(weights, weights.to(dtype).mul_(keep).add_(update.to(weights.device)), place)
 
 
-def _buffered_rows(plan: MatrixPlan, share: Share) -> int:
-    if share.buffer is None:
-        return 0
-    height, width = share.buffer.shape
+def _buffered_rows(plan: MatrixPlan, buffer: Box) -> int:
+    height, width = buffer.shape
     return height if plan.side == "right" else width
+
+
+def _parts(whole: Tensor | None, cuts: Sequence[int], device: torch.device) -> Iterable[Tensor | None]:
+    """What a rule has given for rows, matrix by matrix."""
+    if whole is None:
+        return [None] * len(cuts)
+    if whole.device != device:
+        whole = whole.to(device)
+    return whole.split(cuts) if len(cuts) > 1 else [whole]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ds_lowrank.comm.collectives import Comm, Pending, done
 from ds_lowrank.full_rank.adamw import MOMENTS, Rounding
-from ds_lowrank.kernels.adam import adamw_moments_, adamw_weights_
+from ds_lowrank.kernels.moments import adamw_moments_, adamw_weights_
 from ds_lowrank.layouts import Layout, LayoutError, Member
 from ds_lowrank.states.blocks import BLOCK, largest
 from ds_lowrank.states.dynamic import dequantise, quantise, zero_code

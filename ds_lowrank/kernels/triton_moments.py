@@ -15,7 +15,7 @@ PART = 1024
 
 @triton.jit
 def adam(g, m, v, w1, beta2, w2, root, eps):
-    """N, M, V; ``root`` and ``eps`` have the bias corrections in them, as in :mod:`ds_lowrank.kernels.adam`."""
+    """N, M, V; ``root`` and ``eps`` have the bias corrections in them, as in :mod:`ds_lowrank.kernels.moments`."""
     m = m + w1 * (g - m)
     v = v * beta2 + w2 * g * g
     return tl.div_rn(m, tl.sqrt_rn(v) * root + eps), m, v

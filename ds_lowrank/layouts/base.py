@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -120,6 +121,11 @@ class Layout(Protocol):
     replicated: bool
     steps_alone: bool
     by_parameter: bool
+
+    @property
+    def copied(self) -> AbstractSet[str]:
+        """Parameters of which :meth:`weight` has given a copy since the last :meth:`store`."""
+        ...
 
     @property
     def pieces(self) -> Mapping[str, Piece]:

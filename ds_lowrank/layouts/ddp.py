@@ -26,6 +26,8 @@ class ReplicatedLayout:
 
     def __init__(self, members: Sequence[Member]):
         self._members = {m.name: m for m in members}
+        self._parameters = {m.name: m.parameter for m in members}
+        self.copied: set[str] = set()
         self._tensors = Tensors()
         for m in members:
             if any(s == 0 and n > 1 for n, s in zip(m.parameter.shape, m.parameter.stride())):
@@ -44,15 +46,20 @@ class ReplicatedLayout:
         self.pieces = {m.name: Piece(0, m.parameter.numel()) for m in members}
 
     def weight(self, name: str) -> Tensor:  # noqa: D102
-        return self._members[name].parameter.data.contiguous().view(-1)
+        data = self._parameters[name].data
+        if data.is_contiguous():
+            return data.view(-1)
+        self.copied.add(name)
+        return data.contiguous().view(-1)
 
     def store(self, name: str, weights: Tensor) -> None:  # noqa: D102
-        data = self._members[name].parameter.data
-        if not data.is_contiguous():
+        if name in self.copied:
+            data = self._parameters[name].data
             data.copy_(weights.view(data.shape))
+            self.copied.discard(name)
 
     def grad(self, name: str) -> Tensor | None:  # noqa: D102
-        grad = self._members[name].parameter.grad
+        grad = self._parameters[name].grad
         return None if grad is None else grad.contiguous().view(-1)
 
     def dtype(self, name: str) -> torch.dtype:  # noqa: D102

@@ -67,6 +67,7 @@ class Fsdp2Layout:
         self._tensors = Tensors()
         self._parameters: dict[str, Any] = {}
         self.replicated = False
+        self.copied: frozenset[str] = frozenset()
         self.pieces: dict[str, Piece] = {}
         first = next(m.parameter for m in members if isinstance(m.parameter, DTensor))
         mesh = first.device_mesh

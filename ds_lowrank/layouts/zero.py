@@ -54,6 +54,7 @@ class ZeroLayout:
 
     kind = "ZeRO-1/2"
     replicated = False
+    copied: frozenset[str] = frozenset()
     steps_alone = False
     by_parameter = False
 

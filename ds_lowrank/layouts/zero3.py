@@ -39,6 +39,7 @@ class Zero3Layout:
 
     kind = "ZeRO-3"
     replicated = False
+    copied: frozenset[str] = frozenset()
     steps_alone = False
     by_parameter = False
 

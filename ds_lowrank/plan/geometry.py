@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -19,12 +20,12 @@ class Box:
     left: int
     right: int
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
         return self.bottom - self.top, self.right - self.left
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements."""
         return (self.bottom - self.top) * (self.right - self.left)

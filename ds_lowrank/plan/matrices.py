@@ -97,12 +97,12 @@ class MatrixPlan:
     replicated: bool
     owner: int = -1
 
-    @property
+    @cached_property
     def short(self) -> int:
         """Length of the projected dimension."""
         return self.shape[1] if self.side == "right" else self.shape[0]
 
-    @property
+    @cached_property
     def long(self) -> int:
         """Length of the other dimension: rows of A."""
         return self.shape[0] if self.side == "right" else self.shape[1]
@@ -121,6 +121,11 @@ class MatrixPlan:
     def computing(self) -> list[int]:
         """Ranks that compute rows of it."""
         return [k for k, share in enumerate(self.shares) if share is not None]
+
+    @cached_property
+    def fewest(self) -> int:
+        """How many ranks of a copy of the model compute rows of it, in the copy where these are fewest."""
+        return min(sum(self.copy[k] == c for k in self.computing) for c in set(self.copy))
 
     @cached_property
     def shared(self) -> bool:

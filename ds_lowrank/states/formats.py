@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class RowTensor:
     fill: int = 0
     axis: str = "rows"
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """A row's."""
         return self.width * self.dtype.itemsize
@@ -54,10 +55,13 @@ class Format(ABC):
     def __init__(self, name: str, suffixes: tuple[str, ...]):
         self.name = name
         self._suffixes = suffixes
+        self._keys: dict[str, tuple[str, ...]] = {}
 
     def keys(self, quantity: str) -> tuple[str, ...]:
         """Keys in a state: ``("exp_avg",)``, or ``("exp_avg_codes", "exp_avg_scale")``."""
-        return tuple(quantity + suffix for suffix in self._suffixes)
+        if quantity not in self._keys:
+            self._keys[quantity] = tuple(quantity + suffix for suffix in self._suffixes)
+        return self._keys[quantity]
 
     @abstractmethod
     def rows(self, quantity: str, r: int, dtype: torch.dtype) -> dict[str, RowTensor]:

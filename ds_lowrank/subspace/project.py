@@ -142,7 +142,10 @@ def lift_(
     """
     work = direction if direction is not None else push.row_step if push is not None else a
     if a.dtype == work.dtype:
-        _move(a, direction, basis, step_size, keep, push)
+        if push is None and direction is not None and basis is not None:
+            a.addmm_(direction, basis.mT, beta=keep, alpha=-step_size)
+        else:
+            _move(a, direction, basis, step_size, keep, push)
     elif push is None and basis is not None and work.dtype == torch.float32 and fused(a, work, basis):
         from ds_lowrank.kernels import triton_lift
 

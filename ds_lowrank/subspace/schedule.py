@@ -52,11 +52,6 @@ def _count(costs: Sequence[int], wave_size: int) -> int:
     return max(1, -(-len(costs) // wave_size))
 
 
-def is_due(step: int, phase: int, gap: int) -> bool:
-    """Whether a matrix that has made ``step`` steps refreshes before its next: at its first, then every ``gap``."""
-    return step == 0 or (step - phase) % gap == 0
-
-
 def deal_owners(costs: Sequence[float], candidates: Sequence[Sequence[int]], ranks: int, first: int = 0) -> list[int]:
     """Deal the decompositions of one wave to the ranks that may do them, the costliest first, to the least loaded.
 

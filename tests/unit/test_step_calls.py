@@ -8,7 +8,7 @@ import pytest
 import trace_step
 from trace_step import BOUNDS, Figures, faults, measure, trace
 
-from ds_lowrank.subspace.schedule import is_due
+from ds_lowrank.engine.step import is_due
 
 
 def _no_pool(size: int) -> trace_step.RankPool:
@@ -25,7 +25,7 @@ def test_calls_of_one_process() -> None:
 def test_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     root = trace(lambda: [is_due(step, 0, 10) for step in range(3)])
     assert Figures.of(root) == (3, 1, 3)
-    assert list(root.lines()) == ["subspace/schedule.py:is_due x3"]
+    assert list(root.lines()) == ["engine/step.py:is_due x3"]
 
     # A comprehension is a frame at most, a generator a call whenever it goes on, a property a call.
     monkeypatch.setattr(trace_step, "_PACKAGE", __file__.rpartition("/")[0] + "/")

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from ds_lowrank.kernels.adam import adamw_direction_
+from ds_lowrank.engine.step import is_due
+from ds_lowrank.kernels.moments import adamw_direction_
 from ds_lowrank.rules import RULES
 from ds_lowrank.selections import SELECTIONS, Gram, Key
 from ds_lowrank.selections.carry import CARRIES, overlap
 from ds_lowrank.subspace import spectrum as spectrum_module
 from ds_lowrank.subspace.project import drop_rounding_, gram, gram_of_short_rows, lift_, project
-from ds_lowrank.subspace.schedule import is_due, phases, refresh_cost, waves
+from ds_lowrank.subspace.schedule import phases, refresh_cost, waves
 from ds_lowrank.subspace.sides import as_rows, projected_side
 from ds_lowrank.subspace.spectrum import fix_signs, spectrum
 
