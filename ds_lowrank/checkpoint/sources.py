@@ -3,7 +3,7 @@
 Read from memory-mapped files, one parameter at a time; only the weights of a DeepSpeed checkpoint of another optimizer
 are put together as a whole, by DeepSpeed's own tool.
 
-    DeepSpeed               <tag>/*_optim_states.pt of all ranks (what lies where: pieces.py)
+    DeepSpeed               <tag>/*_optim_states.pt of all ranks (what lies where: state_dict/pieces.py)
     FSDP2, sharded          pytorch_model_fsdp_0/ and optimizer_0/, in torch's distributed checkpoint format
     FSDP2 full, DDP,
     one process             pytorch_model_fsdp.bin or model.safetensors, optimizer.bin or optimizer.pt

@@ -1,4 +1,4 @@
-"""What the low-rank step holds for a moment on each rank: read off step.py, rows.py, bases.py and refresh.py.
+"""What the low-rank step holds for a moment on each rank: read off engine/.
 
 A step needs the projection of one matrix and its basis. Where rows move, three batches of them are on their way at
 once: the next one's gradients, this one's updates, and the updates of the one before. A refresh needs the rows of a

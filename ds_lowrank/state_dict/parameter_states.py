@@ -204,7 +204,7 @@ class ParameterStates:
     def _move(
         self, plan: MatrixPlan, held: Mapping[str, Tensor], have: Mapping[str, Spans], want: Mapping[str, Spans]
     ) -> dict[str, Tensor]:
-        """RowTensor of one matrix from where they are to where they are wanted, within each copy of the model."""
+        """Rows of one matrix from where they are to where they are wanted, within each copy of the model."""
         if all(_same(have[key], want[key]) for key in have):
             return dict(held)
         tensors = self._tensors(plan)

@@ -1,4 +1,4 @@
-"""RowTensor of several tensors as rows of bytes: what travels together, whatever the format."""
+"""Rows of several tensors as rows of bytes: what travels together, whatever the format."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from ds_lowrank import cli
 from ds_lowrank.planner.model import read_model
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What a reader puts a file of their own in the place of.
 THEIRS = {"script.py", "my_train.py", "sweep.txt", "hostfile", "corpus.jsonl", "lowrank_plugin.py", "train.bin"}
 
@@ -75,10 +75,18 @@ def test_code_is_python_and_names_what_there_is(page):
                 assert hasattr(ds_lowrank, node.attr), node.attr
 
 
+def _anchors(page: Path) -> set[str]:
+    """As GitHub makes them: letters, digits and hyphens of the heading, in lower case."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+        found = page.parent / target if target else page
+        assert found.exists(), target
+        assert not anchor or anchor in _anchors(found), f"{target}#{anchor}"
 
 
 # ---- recipes ----
