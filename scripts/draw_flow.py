@@ -121,14 +121,22 @@ def brought(plan: MatrixPlan) -> int:
     return sum(inside(box, at) and holder(plan, at) != k for k, box in enumerate(buffers) for at in cells)
 
 
+def all_gathered(sizes: Sequence[int]) -> int:
+    """Numbers that ranks send in an all-gather of parts of these sizes, all padded to the longest (comm/)."""
+    return len(sizes) * (len(sizes) - 1) * max(sizes)
+
+
 def handed_round(plan: MatrixPlan) -> int:
     """Numbers of new weights that ranks get from those who computed them, where every rank holds the whole."""
-    return sum(plan.shape[0] * plan.shape[1] - plan.rows_of(k) * plan.short for k in plan.computing) * plan.replicated
+    return all_gathered([plan.rows_of(k) * plan.short for k in range(len(plan.shares))]) if plan.replicated else 0
 
 
 def joined(plan: MatrixPlan) -> int:
-    """Numbers of the basis that ranks get from each other ahead of its use."""
-    return sum((plan.short - plan.kept(k)) * plan.r for k in plan.computing)
+    """Numbers of the basis that ranks get from each other ahead of its use: all of them, or those few who compute."""
+    if not plan.basis_sharded:
+        return 0
+    sizes = [plan.kept(k) * plan.r for k in range(len(plan.shares))]
+    return all_gathered(sizes) if all(plan.shares) else sum(sizes) * (len(plan.computing) - 1)
 
 
 def keeper(plan: MatrixPlan, row: int) -> int:
@@ -255,8 +263,8 @@ def step(picture: Picture, plan: MatrixPlan, top: float) -> float:
     picture.cells(x, y, plan.short, R, lambda i, j: keeper(plan, i))
     picture.frame(x, y, R * CELL, plan.short * CELL)
     if joined(plan):
-        for line, words in enumerate(["slices", "joined:", numbers(joined(plan))]):
-            picture.text(BASIS, y + plan.short * CELL + 14 + 12 * line, words, "quiet")
+        for place, words in enumerate(["slices", "joined:", numbers(joined(plan))]):
+            picture.text(BASIS, y + plan.short * CELL + 14 + 12 * place, words, "quiet")
     picture.text(BASIS - 24, middle + 4, "·")
     picture.text(BASIS + 26, middle + 4, "=")
     picture.text((DIRECTION + UPDATE) / 2 - 5, middle + 4, "· Bᵀ =")
@@ -282,11 +290,11 @@ def lane(picture: Picture, plan: MatrixPlan, rank: int, y: float, tall: float) -
     picture.arrow(MOMENT_2 + 16, DIRECTION - 15, y + tall / 2)
     # The view first, then the buffer.
     view = sum(inside(share.view, in_w(plan, share.start + i, 0)) for i in range(rows))
-    for x in (ROWS - short * CELL / 2, UPDATE - short * CELL / 2):
+    for left in (ROWS - short * CELL / 2, UPDATE - short * CELL / 2):
         if view:
-            picture.frame(x, y, short * CELL, view * CELL)
+            picture.frame(left, y, short * CELL, view * CELL)
         if view < rows:
-            picture.frame(x, y + view * CELL, short * CELL, (rows - view) * CELL, "buffer")
+            picture.frame(left, y + view * CELL, short * CELL, (rows - view) * CELL, "buffer")
 
 
 def told(plan: MatrixPlan) -> list[str]:

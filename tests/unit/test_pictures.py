@@ -71,6 +71,7 @@ def test_what_moves_by_hand(draw_flow):
     assert draw_flow.brought(columns) == 3 * 3 + 3 * 3 + 2 * 4
     rows = draw_flow.plan_of(wide, lambda k: draw_flow.chunk_piece(wide, 1, ranks, k))
     assert draw_flow.brought(rows) == 0
+    # 2, 3 and 3 rows of 5 weights, slices of 2, 2 and 1 rows of B: each goes to two others, as long as the longest.
     whole = draw_flow.plan_of(tall, lambda k: draw_flow.Piece(0, 40), replicated=True)
-    assert (draw_flow.brought(whole), draw_flow.handed_round(whole)) == (0, 40 * 2)
-    assert draw_flow.joined(whole) == draw_flow.joined(rows) == 5 * 2 * 2
+    assert (draw_flow.brought(whole), draw_flow.handed_round(whole)) == (0, 3 * 2 * 15)
+    assert draw_flow.joined(whole) == draw_flow.joined(rows) == 3 * 2 * (2 * 2)
