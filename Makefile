@@ -33,7 +33,7 @@ lint: $(BIN)/.installed
 	$(BIN)/mypy
 
 bench: $(BIN)/.installed-bench
-	for script in equivalence step memory; do \
+	for script in equivalence peers step memory; do \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:

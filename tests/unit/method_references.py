@@ -3,8 +3,9 @@
 They share no code with ds_lowrank. A is the weight or, where that is wide, its transpose (long × short); B is short × r
 and comes from outside: a list with one basis a refresh, or a function of the refresh's number and A's gradient.
 
-What is a matter of convention is an option. ``peer=True`` is what the packages fira 1.0.2 and apollo-torch 1.0.3 do,
-found by feeding them known gradients: ε stands beside √V before V is bias-corrected, weights decay after the update.
+Where conventions differ, the package's is an option. Fed with known gradients, fira 1.0.2, apollo-torch 1.0.3 and
+grams-pytorch 0.0.2 have ``raw_eps``: ε stands beside √V before V is bias-corrected. The first two have ``decay_last``:
+the weight decays after the update, so the update decays too.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         alpha: float = 1.0,
-        peer: bool = False,
+        raw_eps: bool = False,
+        decay_last: bool = False,
     ):
         self.bases, self.gap, self.lr, self.betas, self.eps = bases, gap, lr, betas, eps
-        self.weight_decay, self.alpha, self.peer = weight_decay, alpha, peer
+        self.weight_decay, self.alpha, self.raw_eps, self.decay_last = weight_decay, alpha, raw_eps, decay_last
         self.state: dict[str, Any] = {"t": 0, "m": 0.0, "v": 0.0}
 
     @torch.no_grad()
@@ -49,7 +51,7 @@ class AdamW:
         self.state["t"] += 1
         step = self.lr * self.update(g, g @ self.state["basis"], self.state["basis"])
         keep = 1 - self.lr * self.weight_decay
-        a.copy_(keep * (a - step) if self.peer else keep * a - step)
+        a.copy_(keep * (a - step) if self.decay_last else keep * a - step)
 
     def update(self, g: Tensor, r: Tensor, basis: Tensor) -> Tensor:
         n, correction = self.adam(r)
@@ -61,7 +63,7 @@ class AdamW:
         state["m"] = beta1 * state["m"] + (1 - beta1) * r
         state["v"] = beta2 * state["v"] + (1 - beta2) * r * r
         root = math.sqrt(1 - beta2 ** state["t"])
-        n = state["m"] / (state["v"].sqrt() + self.eps * (1 if self.peer else root))
+        n = state["m"] / (state["v"].sqrt() + self.eps * (1 if self.raw_eps else root))
         return n, root / (1 - beta1 ** state["t"])
 
     def limit(self, s: Tensor, gamma: float = 1.01) -> Tensor:

@@ -130,16 +130,16 @@ def test_grams_moves_as_far_as_adam_and_never_against_the_gradient(shape):
     assert turned > 0  # Adam does go against it somewhere, so there was something to turn
 
 
-@pytest.mark.parametrize("peer", [False, True])
-def test_conventions_agree_where_epsilon_and_decay_vanish(peer):
-    """And do not where they do not: the option is one."""
-    for method in (AdamW, Fira, Apollo, Grams):
-        basis = orthonormal(6, 3)
-        plain = run(method([basis], lr=0.01, eps=1e-14), (12, 6))
-        assert torch.allclose(run(method([basis], lr=0.01, eps=1e-14, peer=peer), (12, 6)), plain, atol=1e-10)
-        other = run(method([basis], lr=0.01, eps=1e-3, weight_decay=0.1, peer=True), (12, 6))
-        ours = run(method([basis], lr=0.01, eps=1e-3, weight_decay=0.1), (12, 6))
-        assert not torch.allclose(other, ours, atol=1e-5)
+@pytest.mark.parametrize("method", [AdamW, Fira, Apollo, ApolloMini, Grams])
+def test_conventions_agree_where_epsilon_and_decay_vanish(method):
+    """And each makes a difference where they do not."""
+    torch.manual_seed(0)
+    basis = orthonormal(6, 3)
+    small, large = ({"lr": 0.01, "eps": eps, "weight_decay": decay} for eps, decay in ((1e-14, 0.0), (1e-3, 0.1)))
+    plain, marked = (run(method([basis], **settings), (12, 6)) for settings in (small, large))
+    for convention in ({"raw_eps": True}, {"decay_last": True}):
+        assert torch.allclose(run(method([basis], **small, **convention), (12, 6)), plain, atol=1e-10)
+        assert not torch.allclose(run(method([basis], **large, **convention), (12, 6)), marked, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(12, 6, 3), (6, 6, 6), (8, 5, 1)])
