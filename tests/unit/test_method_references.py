@@ -9,6 +9,7 @@ from method_references import AdamW, Apollo, ApolloMini, Fira, Grams, OnlinePCA,
 
 SHAPES = [(12, 6), (6, 12), (8, 8)]
 EPS = 1e-10
+UNCORRECTED = 0.1 / math.sqrt(0.001)  # (1 − β1) / √(1 − β2): a first step's N beside N̂
 
 
 def matrix(*shape: int) -> torch.Tensor:
@@ -54,19 +55,24 @@ def test_fira_in_a_whole_rotated_space_is_adamw_there(shape):
     assert torch.allclose(run(Fira([basis], lr=0.01), shape), run(AdamW([basis], lr=0.01), shape), atol=1e-12)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fira_is_adamw_and_a_residual_outside_of_the_subspace(shape):
-    """At the first step N is sign(R): φ is √r / |R| a row, and nothing is limited yet."""
+def test_fira_is_adamw_and_a_residual(shape, alpha):
+    """At the first step N̂ is sign(R): φ is √r / |R| a row, and nothing is limited yet.
+
+    The residual is G − α R Bᵀ, outside of the subspace for α = 1 alone. The norm kept is that before bias correction.
+    """
     torch.manual_seed(0)
     basis, gradient, start = orthonormal(min(shape), 3), matrix(*shape), matrix(*shape)
     fira, adamw = start.clone(), start.clone()
-    Fira([basis], lr=1.0, eps=EPS).step(fira, gradient)
-    AdamW([basis], lr=1.0, eps=EPS).step(adamw, gradient)
+    method = Fira([basis], lr=1.0, eps=EPS, alpha=alpha)
+    method.step(fira, gradient)
+    AdamW([basis], lr=1.0, eps=EPS, alpha=alpha).step(adamw, gradient)
     beside, g = (adamw - fira, gradient) if shape[0] >= shape[1] else ((adamw - fira).T, gradient.T)
-    assert (beside @ basis).abs().max() < 1e-6
-    rest = g - g @ basis @ basis.T
     phi = math.sqrt(3) / (g @ basis).norm(dim=1, keepdim=True)
-    torch.testing.assert_close(beside, phi * rest, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(beside, phi * (g - alpha * g @ basis @ basis.T), rtol=1e-6, atol=1e-6)
+    assert ((beside @ basis).abs().max() < 1e-6) == (alpha == 1)
+    assert float(method.state["norm"]) == pytest.approx(UNCORRECTED * float(beside.norm()), rel=1e-6)
 
 
 def test_the_limiter_lets_a_norm_grow_by_a_hundredth_a_step():
@@ -107,9 +113,11 @@ def test_apollo_whose_projection_is_the_identity_scales_rows_as_adam_would(shape
         (ApolloMini, math.sqrt(long * short) * g / g.norm()),
     ):
         weight = torch.zeros(shape, dtype=torch.float64)
-        method([torch.eye(short, dtype=torch.float64)], lr=1.0, alpha=2.0, eps=EPS).step(weight, gradient)
+        apollo = method([torch.eye(short, dtype=torch.float64)], lr=1.0, alpha=2.0, eps=EPS)
+        apollo.step(weight, gradient)
         moved = -weight if shape[0] >= shape[1] else -weight.T
         torch.testing.assert_close(moved, 2 * expected, rtol=1e-6, atol=1e-6)
+        assert float(apollo.state["norm"]) == pytest.approx(UNCORRECTED * float(expected.norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
