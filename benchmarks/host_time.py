@@ -3,16 +3,16 @@
     python benchmarks/host_time.py --json out.json [--device cuda]
 
 Ordinary steps (nothing refreshes) of random gradients on one process, timed by the clock of the thread that makes
-them: what else runs on the machine does not count, and what a GPU is still computing neither. ``bare`` is what a step
+them: waiting for other work on the machine does not count, nor what a GPU is still computing. ``bare`` is what a step
 computes and nothing else: for one matrix after the other its two products and AdamW's direction between them, by the
 calls of torch that the optimizer makes, on views that lie ready. ``ratio`` is the step over that; of matrices of 24x10
 all is host time. AdamW (foreach, fused) on the same weights stands beside it. Medians of interleaved repetitions;
 ``fastest_ratio`` is that of the fastest ones, which other work on the machine (it evicts Python from the caches) shows
 least in.
 
-``launches`` (``a_matrix``: over matrices) are the operators of torch that compute something, as a TorchDispatchMode sees
-them: on a GPU a kernel each, or more. ``views`` are those that do not (memory that is allocated too), ``reads`` numbers
-that Python takes from tensors.
+``launches`` (``a_matrix``: over matrices) are the operators of torch that compute something, as a TorchDispatchMode
+sees them: on a GPU a kernel each, or more. ``views`` are those that do not (memory that is allocated too), ``reads``
+numbers that Python takes from tensors.
 """
 
 from __future__ import annotations
