@@ -9,6 +9,10 @@ RULES: Registry[Rule] = Registry(
     "rule",
     {
         "adamw": "ds_lowrank.rules.adamw",
+        "apollo": "ds_lowrank.rules.apollo",
+        "apollo_mini": "ds_lowrank.rules.apollo",
+        "fira": "ds_lowrank.rules.fira",
+        "grams": "ds_lowrank.rules.grams",
     },
 )
 register = RULES.register

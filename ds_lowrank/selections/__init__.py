@@ -12,6 +12,8 @@ SELECTIONS: Registry[Selection] = Registry(
         "importance": "ds_lowrank.selections.spectral",
         "uniform": "ds_lowrank.selections.spectral",
         "random": "ds_lowrank.selections.random",
+        "gaussian": "ds_lowrank.selections.gaussian",
+        "online_pca": "ds_lowrank.selections.online_pca",
     },
 )
 register = SELECTIONS.register

@@ -1,0 +1,61 @@
+"""APOLLO (arXiv 2412.05270): the gradient itself moves the weights, by step sizes that a small Adam has found.
+
+α is the group's ``scale``. The paper's code multiplies by the root of what it calls scale: its settings are
+``scale=1`` with APOLLO and ``scale=11.3137`` (√128) with APOLLO-Mini, whose rank is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+import torch
+from torch import Tensor
+
+from ds_lowrank.kernels.adam import adamw_direction_
+from ds_lowrank.rules import Hyper, Rule, Stack, Steps, register
+from ds_lowrank.rules.adamw import MOMENTS
+from ds_lowrank.rules.base import Update
+from ds_lowrank.rules.limiter import LIMITER_NORM, TINY, correction, limit
+
+
+@register
+class Apollo(Rule):
+    """s = α c l φ, φ = |N| / (c |R|) a row, with N of AdamW, c the bias correction and l the limiter of ‖φ ⊙ ∇A‖."""
+
+    name = "apollo"
+    slots = (*MOMENTS, LIMITER_NORM)
+    options = {"limiter": 1.01}
+    reads_gradient = True
+    lifts = False
+
+    def step(self, r: Tensor, state: MutableMapping[str, Tensor], hyper: Hyper, stack: Stack) -> Steps:  # noqa: D102
+        corrected = correction(hyper)
+        sizes, lengths = _sizes(r, state, hyper)
+        phi = lengths / (corrected * (sizes + TINY))
+        total = yield stack.totals(phi.square() * stack.gradient_squares(r.dtype).to(r.device))
+        factor = limit(state, total.sqrt(), hyper.options["limiter"])
+        return Update(None, phi * (hyper.scale * corrected) * stack.each_row(factor))
+
+
+@register
+class ApolloMini(Apollo):
+    """The same with one φ a matrix: ‖N‖ / (c ‖R‖)."""
+
+    name = "apollo_mini"
+
+    def step(self, r: Tensor, state: MutableMapping[str, Tensor], hyper: Hyper, stack: Stack) -> Steps:  # noqa: D102
+        corrected = correction(hyper)
+        squares = [size.square() for size in _sizes(r, state, hyper)]
+        squares.append(stack.gradient_squares(r.dtype).to(r.device))
+        total = yield torch.cat([stack.totals(numbers) for numbers in squares])
+        size, length, gradient = total.sqrt().view(3, -1)
+        phi = length / (corrected * (size + TINY))
+        factor = limit(state, phi * gradient, hyper.options["limiter"])
+        return Update(None, stack.each_row(hyper.scale * corrected * factor * phi))
+
+
+def _sizes(r: Tensor, state: MutableMapping[str, Tensor], hyper: Hyper) -> tuple[Tensor, Tensor]:
+    """|R| and, after the moments' step, |N| of every row; R is overwritten."""
+    sizes = torch.linalg.vector_norm(r, dim=1)
+    n = adamw_direction_(r, state["exp_avg"], state["exp_avg_sq"], hyper.step, hyper.betas, hyper.eps)
+    return sizes, torch.linalg.vector_norm(n, dim=1)

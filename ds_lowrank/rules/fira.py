@@ -1,0 +1,42 @@
+"""Fira (arXiv 2410.01623): what the basis does not see of a gradient moves the weights too, scaled row by row."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+import torch
+from torch import Tensor
+
+from ds_lowrank.kernels.adam import adamw_direction_
+from ds_lowrank.rules import Hyper, Rule, Stack, Steps, register
+from ds_lowrank.rules.adamw import MOMENTS
+from ds_lowrank.rules.base import Update
+from ds_lowrank.rules.limiter import LIMITER_NORM, TINY, correction, limit
+
+
+@register
+class Fira(Rule):
+    """α N Bᵀ + S, with N of AdamW and S = c l φ ⊙ (∇A − α R Bᵀ), φ = |N| / (c |R|), c the bias correction, l the limiter.
+
+    With s = c l φ that is α (N − s ⊙ R) Bᵀ + s ⊙ ∇A, and ‖S‖² follows from |∇A|², |R|² and |R Bᵀ|² of every row, so
+    the residual is never formed.
+    """
+
+    name = "fira"
+    slots = (*MOMENTS, LIMITER_NORM)
+    options = {"limiter": 1.01}
+    reads_gradient = True
+    needs_orthonormal = True
+
+    def step(self, r: Tensor, state: MutableMapping[str, Tensor], hyper: Hyper, stack: Stack) -> Steps:  # noqa: D102
+        corrected, alpha = correction(hyper), hyper.scale
+        sizes = torch.linalg.vector_norm(r, dim=1)
+        gradient = stack.gradient_squares(r.dtype).to(r.device)
+        # ∇A · R Bᵀ is |R|², as R = ∇A B. Rounding may leave less than nothing of a gradient that the basis sees whole.
+        residual = (gradient - 2 * alpha * sizes.square() + alpha**2 * stack.lifted_squares(r)).clamp_(min=0)
+        n = adamw_direction_(r.clone(), state["exp_avg"], state["exp_avg_sq"], hyper.step, hyper.betas, hyper.eps)
+        phi = torch.linalg.vector_norm(n, dim=1) / (corrected * (sizes + TINY))
+        total = yield stack.totals(phi.square() * residual)
+        factor = limit(state, total.sqrt(), hyper.options["limiter"])
+        row_scale = phi * corrected * stack.each_row(factor)
+        return Update(n.addcmul_(r, row_scale[:, None], value=-1), row_scale)
