@@ -1,8 +1,8 @@
 """Gaussian numbers by a counter: each depends on the key and on which it is, so any range of rows is made alone.
 
-Two numbers of a pair come from three rounds of the "lowbias32" finaliser (see :mod:`ds_lowrank.states.rounding`) of the
-pair's place and from Box and Muller (1958). Integers are the same everywhere, the logarithm and the circle to their last
-digits: numbers are bitwise the same on devices of one kind.
+A pair of numbers is Box and Muller's (1958), of two hashes of its place: three rounds in all of the finaliser that
+:mod:`ds_lowrank.states.rounding` has. Integers are the same everywhere, logarithm and circle but for their last digits:
+numbers are bitwise the same on devices of one kind.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ds_lowrank.kernels import fused
 
 # Pairs that are made at once: temporaries of a CPU stay in its cache, a GPU has few launches.
-PART, PART_ON_DEVICE = 1 << 14, 1 << 22
+PART, PART_ON_DEVICE = 1 << 15, 1 << 22
 
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)  # as int32
 

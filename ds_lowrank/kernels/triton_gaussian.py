@@ -22,7 +22,8 @@ def gaussian_kernel(out_ptr, numel, first, low, high, higher, factor, PAIRS: tl.
     """``PAIRS`` pairs a program; ``first`` and the words of the key are int64."""
     pair = first // 2 + tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     place = mix((pair & 0xFFFFFFFF).to(tl.uint32) ^ low.to(tl.uint32))
-    radius = tl.sqrt(tl.log(uniform(mix(place + high.to(tl.uint32)))) * factor)
+    # A fast logarithm may be above zero just below one.
+    radius = tl.sqrt(tl.maximum(tl.log(uniform(mix(place + high.to(tl.uint32)))) * factor, 0.0))
     angle = uniform(mix(place + higher.to(tl.uint32))) * 6.283185307179586
     at = 2 * pair - first
     tl.store(out_ptr + at, radius * tl.cos(angle), mask=(at >= 0) & (at < numel))

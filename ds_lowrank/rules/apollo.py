@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Apollo(Rule):
 
     name = "apollo"
     slots = (*MOMENTS, LIMITER_NORM)
-    options = {"limiter": 1.01}
+    options: ClassVar[Mapping[str, float]] = {"limiter": 1.01}
     reads_gradient = True
     lifts = False
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ds_lowrank.rules.limiter import LIMITER_NORM, TINY, correction, limit
 
 @register
 class Fira(Rule):
-    """α N Bᵀ + S, with N of AdamW and S = c l φ ⊙ (∇A − α R Bᵀ), φ = |N| / (c |R|), c the bias correction, l the limiter.
+    """α N Bᵀ + S with N of AdamW, S = c l φ ⊙ (∇A − α R Bᵀ), φ = |N| / (c |R|) a row, c bias correction, l the limiter.
 
     With s = c l φ that is α (N − s ⊙ R) Bᵀ + s ⊙ ∇A, and ‖S‖² follows from |∇A|², |R|² and |R Bᵀ|² of every row, so
     the residual is never formed.
@@ -24,7 +25,7 @@ class Fira(Rule):
 
     name = "fira"
     slots = (*MOMENTS, LIMITER_NORM)
-    options = {"limiter": 1.01}
+    options: ClassVar[Mapping[str, float]] = {"limiter": 1.01}
     reads_gradient = True
     needs_orthonormal = True
 

@@ -1,9 +1,10 @@
-"""Online Subspace Descent (arXiv 2408.12857): the basis follows the gradient by a small step of its own in every step."""
+"""Online Subspace Descent (arXiv 2408.12857): the basis follows the gradient by a small step in every step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +30,14 @@ class OnlinePCA(Selection):
         Slot("basis_exp_avg", axis="basis"),
         Slot("basis_exp_avg_sq", axis="basis", format="unsigned"),
     )
-    options = {"lr": 0.005, "penalty": 0.1, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+    options: ClassVar[Mapping[str, float]] = {
+        "lr": 0.005,
+        "penalty": 0.1,
+        "weight_decay": 0.0,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+    }
 
     def draw(  # noqa: D102
         self, key: Key, short: int, r: int, dtype: torch.dtype, device: torch.device, gram: Gram | None = None
