@@ -15,7 +15,7 @@ from torch import Tensor
 from ds_lowrank.kernels import fused
 
 # Pairs that are made at once: temporaries of a CPU stay in its cache, a GPU has few launches.
-PART, PART_ON_DEVICE = 1 << 15, 1 << 22
+PART, PART_ON_DEVICE = 1 << 16, 1 << 22
 
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)  # as int32
 
@@ -68,11 +68,13 @@ def torch_fill_(out: Tensor, first: int, key: tuple[int, int, int], deviation: f
         place = _mix_(index.bitwise_xor_(low))
         radius = _uniform(_mix_(place + high)).log_().mul_(-2 * deviation**2).sqrt_()
         angle = _uniform(_mix_(place.add_(higher))).mul_(2 * math.pi)
-        pairs = torch.stack((angle.cos(), angle.sin_()), dim=1).mul_(radius[:, None]).view(-1)
+        pairs = out.new_empty(end - begin, 2)
+        torch.mul(angle.cos(), radius, out=pairs[:, 0])
+        torch.mul(angle.sin_(), radius, out=pairs[:, 1])
         at = 2 * begin - first
         skipped = max(0, -at)  # a range may begin and end within a pair
-        target = out[at + skipped : at + len(pairs)]
-        target.copy_(pairs[skipped : skipped + len(target)])
+        target = out[at + skipped : at + pairs.numel()]
+        target.copy_(pairs.view(-1)[skipped : skipped + len(target)])
 
 
 def _mix_(x: Tensor) -> Tensor:
