@@ -347,6 +347,14 @@ def test_a_range_of_rows_is_made_alone(width):
         assert torch.equal(gaussian_rows(12345, rows, width), whole[slice(*rows)])
 
 
+def test_the_hash_of_gaussian_numbers_is_that_of_rounding():
+    from ds_lowrank.kernels.gaussian import _mix_
+    from ds_lowrank.states.rounding import _mix
+
+    x = torch.arange(0, 1 << 32, 9_999_991)
+    assert torch.equal(_mix_(x.to(torch.int32)).long() & 0xFFFFFFFF, _mix(x))
+
+
 @pytest.mark.parametrize("part", [1, 3, 100, 4096])
 def test_gaussian_numbers_do_not_depend_on_how_many_are_made_at_once(part):
     from ds_lowrank.kernels.gaussian import torch_fill_, words
