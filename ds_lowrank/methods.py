@@ -76,12 +76,16 @@ def make_method(config: LowRankConfig) -> Method:
             f"{what} needs the gradient itself, and layerwise with accumulation_steps > 1 keeps projected gradients "
             "only: use accumulation_steps 1, or no layerwise"
         )
+    rule_options = _options("rule_options", rule.name, rule.options, config.rule_options)
+    selection_options = _options("selection_options", selection.name, selection.options, config.selection_options)
+    rule.check(rule_options)
+    selection.check(selection_options)
     return Method(
         rule,
         selection,
         carry,
-        _options("rule_options", rule.name, rule.options, config.rule_options),
-        _options("selection_options", selection.name, selection.options, config.selection_options),
+        rule_options,
+        selection_options,
         config.seed,
         StateLayout(slots, Formats(config.state_dtype, config.basis_dtype)),
     )

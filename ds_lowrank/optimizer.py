@@ -36,7 +36,7 @@ _OWN = ("config", "narrow", "notes", "_members", "_specs", "_group_options", "_t
 _COPIED = "ds_lowrank"
 
 # Options of a configuration that are not a group's or AdamW's.
-_OPTIONS = {f.name for f in dataclasses.fields(LowRankConfig)} - {
+OPTIONS = frozenset(f.name for f in dataclasses.fields(LowRankConfig)) - {
     *("rank", "rank_pattern", "optim_target_modules", "lr", "betas", "eps", "weight_decay")
 }
 
@@ -69,24 +69,9 @@ class LowRankAdamW(JoinableOptimizer):
         betas: (β1, β2).
         eps: ε, added to the bias-corrected root.
         weight_decay: λ, decoupled, with the full η.
-        update_proj_gap: τ, steps between two refreshes of a matrix.
-        scale: α, factor on the low-rank update.
-        proj_type: ``std``, ``reverse_std``, ``right`` or ``left``.
-        selection: ``importance``, ``dominant``, ``uniform`` or ``random``.
-        moments: ``keep`` or ``project``, see :func:`ds_lowrank.subspace.basis.carry_moments_`.
-        seed: key of the sampler.
-        stagger: refresh in waves spread over the period (True) or all matrices at once (False).
-        wave_size: matrices in a wave.
-        shard_projection: ranks that share a matrix keep a part of its basis each and join it ahead of each use
-            (True), or all of it (False).
-        gram_dtype: ``float32``, ``float64``, or ``auto``: float64 on a CPU, float32 elsewhere.
-        gradient_dtype: in which the model computes gradients: see :class:`ds_lowrank.LowRankConfig`.
-        state_dtype: how moments are kept: ``fp32``, ``bf16`` or ``int8``; see :mod:`ds_lowrank.states`.
-        basis_dtype: how bases are kept: ``fp32``, ``bf16``, ``int8`` or ``int4``.
-        stochastic_rounding: of bf16 weights without an fp32 master copy.
-        layerwise: step in the backward pass and free each gradient as soon as it is used (FSDP2, DDP, one process).
-            Call :meth:`ensure_state` before the first backward pass. The norm of all gradients cannot be clipped then.
-        accumulation_steps: backward passes a step; read with ``layerwise`` only.
+        options: any other option of :class:`ds_lowrank.LowRankConfig` that is not the groups': ``rule``, ``selection``,
+            ``update_proj_gap``, ``state_dtype``, ``layerwise`` ...; of those that a group may set, what it does not.
+            With ``layerwise`` call :meth:`ensure_state` before the first backward pass.
 
     Raises:
         ValueError: an option is out of range, or a low-rank parameter is no matrix.
@@ -108,25 +93,15 @@ class LowRankAdamW(JoinableOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
-        *,
-        update_proj_gap: int = 200,
-        scale: float = 0.25,
-        proj_type: str = "std",
-        selection: str = "importance",
-        moments: str = "keep",
-        seed: int = 0,
-        stagger: bool = True,
-        wave_size: int = 8,
-        shard_projection: bool = True,
-        gram_dtype: str = "auto",
-        gradient_dtype: str = "auto",
-        state_dtype: str = "fp32",
-        basis_dtype: str = "fp32",
-        stochastic_rounding: bool = False,
-        layerwise: bool = False,
-        accumulation_steps: int = 1,
+        **options: Any,
     ):
-        options = {name: value for name, value in locals().items() if name in _OPTIONS}
+        foreign = sorted(options.keys() - OPTIONS)
+        if foreign:
+            raise TypeError(
+                f"LowRankAdamW has no option {foreign[0]!r}: it takes lr, betas, eps, weight_decay and "
+                f"{', '.join(sorted(OPTIONS))}; what is projected, and with which rank, is said by the groups "
+                "(ds_lowrank.param_groups)"
+            )
         for check in construction_checks:
             check()
         check_adamw(lr, betas, eps, weight_decay)

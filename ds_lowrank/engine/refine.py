@@ -7,6 +7,7 @@ then does is row-local in the basis.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from ds_lowrank.comm.collectives import Comm, Pending
 from ds_lowrank.engine.state import MatrixState
 from ds_lowrank.methods import Method
 from ds_lowrank.plan.matrices import MatrixPlan
+from ds_lowrank.rules import Hyper
 from ds_lowrank.selections import Sketch
 
 
@@ -85,11 +87,12 @@ class Refiner:
             return Refining(plans, bases, Pending(lambda: sketches), Pending(lambda: sums))
         return Refining(plans, bases, self._distribute(plans, sketches), self._comm.all_reduce(sums, "sketches"))
 
-    def finish(self, refining: Refining, states: Mapping[str, MatrixState], step: int) -> None:
+    def finish(self, refining: Refining, states: Mapping[str, MatrixState], hyper: Hyper) -> None:
         """Step the rows of the bases that are kept here, when their sketches have come."""
         sketched, sums = refining.sketched.wait(), refining.sums.wait()
         selection, layout = self._method.selection, self._method.states
         size = refining.plans[0].r ** 2 + 1
+        own = dataclasses.replace(hyper, options=self._method.selection_options)
         for plan, part in zip(refining.plans, sums.split(size)):
             whole, state = refining.bases[plan.name], states[plan.name]
             if whole is None:
@@ -98,8 +101,7 @@ class Refiner:
             assert kept is not None
             sketch = Sketch(sketched[plan.name], part[:-1].view(plan.r, plan.r), whole.mT @ whole, part[-1])
             opened = {slot.name: layout.read(state, slot.name, plan.r, plan.dtype) for slot in selection.slots}
-            options = self._method.selection_options
-            rows = selection.refine(whole[slice(*kept)].clone(), sketch, opened, step, options)
+            rows = selection.refine(whole[slice(*kept)].clone(), sketch, opened, own)
             layout.write_(state, "basis", rows)
             for name, value in opened.items():
                 layout.write_(state, name, value)

@@ -268,7 +268,7 @@ class LowRankStep:
         for plan, low, scale in zip(here, lows, scales):
             self._lift(plan, states[plan.name], low, scale, rows.pop(plan.name, ()), bases[plan.name], hyper, updates)
         if refining is not None:
-            self._refiner.finish(refining, states, step)
+            self._refiner.finish(refining, states, hyper)
 
     def _project(
         self, plan: MatrixPlan, state: MatrixState, blocks: Sequence[Tensor], basis: Tensor, out: Tensor
@@ -317,7 +317,7 @@ class LowRankStep:
         blocks = [[b.to(r.device) for b in rows.get(p.name, ())] for p in run] if rule.reads_gradient else []
         whole = [None if basis is None else basis.to(r.device) for basis in (bases[p.name] for p in run)]
         opened = {slot.name: layout.read(kept, slot.name, r.shape[1], r.dtype) for slot in rule.slots}
-        stepping = rule.step(r, opened, hyper, Stack(counts, blocks, whole))
+        stepping = rule.step(r, opened, hyper, Stack(counts, blocks, whole, r.device))
         update = self._drive(stepping, run[0].shared) if isinstance(stepping, Generator) else stepping
         for name, value in opened.items():
             layout.write_(kept, name, value)

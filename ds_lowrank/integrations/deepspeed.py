@@ -20,7 +20,7 @@ from ds_lowrank.integrations.deepspeed_config import (
     read_deepspeed_config,
 )
 from ds_lowrank.integrations.zero_init import count_all_ranks
-from ds_lowrank.optimizer import LowRankAdamW
+from ds_lowrank.optimizer import OPTIONS, LowRankAdamW
 from ds_lowrank.param_groups import param_groups
 
 __all__ = ["bf16_master", "build_optimizer", "check_deepspeed_config", "deepspeed_optimizer", "prepare_cpu"]
@@ -106,22 +106,7 @@ def build_optimizer(
     return LowRankAdamW(
         groups,
         **settings,
-        update_proj_gap=config.update_proj_gap,
-        scale=config.scale,
-        proj_type=config.proj_type,
-        selection=config.selection,
-        moments=config.moments,
-        seed=config.seed,
-        stagger=config.stagger,
-        wave_size=config.wave_size,
-        shard_projection=config.shard_projection,
-        gram_dtype=config.gram_dtype,
-        gradient_dtype=config.gradient_dtype,
-        state_dtype=config.state_dtype,
-        basis_dtype=config.basis_dtype,
-        stochastic_rounding=config.stochastic_rounding,
-        layerwise=config.layerwise,
-        accumulation_steps=config.accumulation_steps,
+        **{name: value for name, value in config.to_dict().items() if name in OPTIONS},
     )
 
 

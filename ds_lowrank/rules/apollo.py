@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ds_lowrank.kernels.adam import adamw_direction_
+from ds_lowrank.kernels.moments import adamw_direction_
 from ds_lowrank.rules import Hyper, Rule, Stack, Steps, register
 from ds_lowrank.rules.adamw import MOMENTS
 from ds_lowrank.rules.base import Update
-from ds_lowrank.rules.limiter import LIMITER_NORM, TINY, correction, limit
+from ds_lowrank.rules.limiter import LIMITER_NORM, TINY, check_limiter, correction, limit
 
 
 @register
@@ -29,11 +29,14 @@ class Apollo(Rule):
     reads_gradient = True
     lifts = False
 
+    def check(self, options: Mapping[str, float]) -> None:  # noqa: D102
+        check_limiter(options)
+
     def step(self, r: Tensor, state: MutableMapping[str, Tensor], hyper: Hyper, stack: Stack) -> Steps:  # noqa: D102
         corrected = correction(hyper)
         sizes, lengths = _sizes(r, state, hyper)
         phi = lengths / (corrected * (sizes + TINY))
-        total = yield stack.totals(phi.square() * stack.gradient_squares(r.dtype).to(r.device))
+        total = yield stack.totals(phi.square() * stack.gradient_squares(r.dtype))
         factor = limit(state, total.sqrt(), hyper.options["limiter"])
         return Update(None, phi * (hyper.scale * corrected) * stack.each_row(factor))
 
@@ -47,7 +50,7 @@ class ApolloMini(Apollo):
     def step(self, r: Tensor, state: MutableMapping[str, Tensor], hyper: Hyper, stack: Stack) -> Steps:  # noqa: D102
         corrected = correction(hyper)
         squares = [size.square() for size in _sizes(r, state, hyper)]
-        squares.append(stack.gradient_squares(r.dtype).to(r.device))
+        squares.append(stack.gradient_squares(r.dtype))
         total = yield torch.cat([stack.totals(numbers) for numbers in squares])
         size, length, gradient = total.sqrt().view(3, -1)
         phi = length / (corrected * (size + TINY))

@@ -63,6 +63,7 @@ class Stack:
         blocks: for each matrix, the blocks of rows of ∇A (rows × short each) on this rank; read by rules that have
             ``reads_gradient``.
         bases: for each matrix, B (short × r), ``None`` where no row is computed or the rule lifts nothing.
+        device: of all of these, and of the states.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Stack:
         counts: Sequence[int],
         blocks: Sequence[Sequence[Tensor]] = (),
         bases: Sequence[Tensor | None] = (),
+        device: torch.device | str = "cpu",
     ):
         self.counts = list(counts)
+        self.device = device
         self.blocks = blocks
         self.bases = bases
 
@@ -97,7 +100,7 @@ class Stack:
     def gradient_squares(self, dtype: torch.dtype) -> Tensor:
         """|∇A_i|² of every row, (rows,) in ``dtype``."""
         parts = [torch.linalg.vector_norm(b, dim=1, dtype=dtype).square_() for blocks in self.blocks for b in blocks]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=dtype)
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=dtype, device=self.device)
 
     def lifted_squares(self, x: Tensor) -> Tensor:
         """|x_i Bᵀ|² of every row of ``x`` (rows × r): (rows,). A basis that is kept in few bits is not orthonormal."""
@@ -132,6 +135,13 @@ class Rule:
     lifts: ClassVar[bool] = True
     needs_orthonormal: ClassVar[bool] = False
 
+    def check(self, options: Mapping[str, float]) -> None:
+        """Refuse values of its own options.
+
+        Raises:
+            ValueError: naming the option.
+        """
+
     @property
     def sums(self) -> bool:
         """Whether :meth:`step` is a generator, which asks for sums over the ranks."""
@@ -150,8 +160,8 @@ class Rule:
 
         Args:
             r: R, rows × r, float32 or float64; may be overwritten.
-            state: slot's name -> what it keeps, rows × width, or matrices × width for one a matrix; changed in place,
-                or replaced.
+            state: slot's name -> what it keeps, rows × width, or for one a matrix matrices × width (of all matrices of
+                the stack, those too of which this rank has no row); changed in place, or replaced.
             hyper: hyper-parameters.
             stack: whose rows these are.
         """

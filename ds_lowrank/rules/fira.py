@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ds_lowrank.kernels.adam import adamw_direction_
+from ds_lowrank.kernels.moments import adamw_direction_
 from ds_lowrank.rules import Hyper, Rule, Stack, Steps, register
 from ds_lowrank.rules.adamw import MOMENTS
 from ds_lowrank.rules.base import Update
-from ds_lowrank.rules.limiter import LIMITER_NORM, TINY, correction, limit
+from ds_lowrank.rules.limiter import LIMITER_NORM, TINY, check_limiter, correction, limit
 
 
 @register
@@ -29,10 +29,13 @@ class Fira(Rule):
     reads_gradient = True
     needs_orthonormal = True
 
+    def check(self, options: Mapping[str, float]) -> None:  # noqa: D102
+        check_limiter(options)
+
     def step(self, r: Tensor, state: MutableMapping[str, Tensor], hyper: Hyper, stack: Stack) -> Steps:  # noqa: D102
         corrected, alpha = correction(hyper), hyper.scale
         sizes = torch.linalg.vector_norm(r, dim=1)
-        gradient = stack.gradient_squares(r.dtype).to(r.device)
+        gradient = stack.gradient_squares(r.dtype)
         # ∇A · R Bᵀ is |R|², as R = ∇A B. Rounding may leave less than nothing of a gradient that the basis sees whole.
         residual = (gradient - 2 * alpha * sizes.square() + alpha**2 * stack.lifted_squares(r)).clamp_(min=0)
         n = adamw_direction_(r.clone(), state["exp_avg"], state["exp_avg_sq"], hyper.step, hyper.betas, hyper.eps)

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_lowrank.kernels.adam import adamw_direction_
-from ds_lowrank.kernels.moments import kept_direction_
+from ds_lowrank.kernels.moments import adamw_direction_, kept_direction_
 from ds_lowrank.rules import Hyper, Rule, Stack, Update, register
 from ds_lowrank.rules.adamw import MOMENTS
 from ds_lowrank.states.formats import Formats

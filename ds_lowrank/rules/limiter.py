@@ -7,7 +7,7 @@ update afterwards. ‖S‖ may not be more than γ times what it was a step ago:
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from torch import Tensor
 
@@ -44,3 +44,13 @@ def limit(state: MutableMapping[str, Tensor], norms: Tensor, growth: float) -> T
     limited = factor * norms
     last.copy_(limited.where((limited > 0) & limited.isfinite(), last))
     return factor
+
+
+def check_limiter(options: Mapping[str, float]) -> None:
+    """Refuse a growth that would shrink every step.
+
+    Raises:
+        ValueError: γ < 1.
+    """
+    if not options["limiter"] >= 1.0:
+        raise ValueError(f"lowrank.rule_options['limiter'] must be at least 1, got {options['limiter']!r}")

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ds_lowrank.rules.base import Hyper
 from ds_lowrank.states.layout import BASIS, Slot
 
 
@@ -116,6 +117,13 @@ class Selection:
     slots: ClassVar[tuple[Slot, ...]] = ()
     options: ClassVar[Mapping[str, float]] = {}
 
+    def check(self, options: Mapping[str, float]) -> None:
+        """Refuse values of its own options.
+
+        Raises:
+            ValueError: naming the option.
+        """
+
     def draw(
         self, key: Key, short: int, r: int, dtype: torch.dtype, device: torch.device, gram: Gram | None = None
     ) -> Basis | None:
@@ -138,8 +146,7 @@ class Selection:
         basis: Tensor,
         sketch: Sketch,
         state: MutableMapping[str, Tensor],
-        step: int,
-        options: Mapping[str, float],
+        hyper: Hyper,
     ) -> Tensor:
         """A step of the basis from the gradient that it has just projected; with evidence ``sketch``, every step.
 
@@ -147,8 +154,7 @@ class Selection:
             basis: the rows of B (of short) × r that are refined here; may be overwritten.
             sketch: sums over the rows of A.
             state: slot's name -> what it keeps for these rows; changed in place, or replaced.
-            step: number of this step, from 1.
-            options: the selection's own.
+            hyper: hyper-parameters of the step that the weights make; its ``options`` are the selection's own.
 
         Returns:
             The rows of the new basis.

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ds_lowrank.rules.base import Hyper
 from ds_lowrank.selections import Basis, Gram, Key, Selection, Sketch, register
 from ds_lowrank.selections.random import random_basis
 from ds_lowrank.states.layout import Slot
@@ -18,7 +19,8 @@ from ds_lowrank.states.layout import Slot
 class OnlinePCA(Selection):
     """Adam on L(B) = ‖G̃ − G̃ B Bᵀ‖² + λ ‖BᵀB − I‖² with G̃ = ∇A / ‖∇A‖, from a random orthonormal basis on.
 
-    The weights of a step move by the basis of before it. A gradient that is zero or not finite leaves the basis and its
+    Its learning rate is ``lr_factor`` times that of the weights, and its weight decay theirs, as in the paper. The
+    weights of a step move by the basis of before it. A gradient that is zero or not finite leaves the basis and its
     moments as they are.
     """
 
@@ -31,9 +33,8 @@ class OnlinePCA(Selection):
         Slot("basis_exp_avg_sq", axis="basis", format="unsigned"),
     )
     options: ClassVar[Mapping[str, float]] = {
-        "lr": 0.005,
+        "lr_factor": 5.0,
         "penalty": 0.1,
-        "weight_decay": 0.0,
         "beta1": 0.9,
         "beta2": 0.999,
         "eps": 1e-8,
@@ -50,10 +51,10 @@ class OnlinePCA(Selection):
         basis: Tensor,
         sketch: Sketch,
         state: MutableMapping[str, Tensor],
-        step: int,
-        options: Mapping[str, float],
+        hyper: Hyper,
     ) -> Tensor:
-        lr, beta1, beta2 = options["lr"], options["beta1"], options["beta2"]
+        options, step = hyper.options, hyper.step
+        lr, beta1, beta2 = hyper.lr * options["lr_factor"], options["beta1"], options["beta2"]
         # |S_ij|² ≤ ‖∇A‖² (RᵀR)_jj: what is finite here is finite on every rank. Nobody waits for the device to say so.
         usable = (sketch.energy + sketch.rr.diagonal().sum()).isfinite() & (
             sketch.energy >= torch.finfo(sketch.energy.dtype).tiny
@@ -66,7 +67,7 @@ class OnlinePCA(Selection):
         v.mul_(1 - weight * (1 - beta2)).addcmul_(slope, slope, value=1 - beta2)
         root = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(options["eps"])
         move = torch.div(m, root, out=root).mul_(weight * (lr / (1 - beta1**step)))
-        return basis.mul_(1 - weight * (lr * options["weight_decay"])).sub_(move)
+        return basis.mul_(1 - weight * (lr * hyper.weight_decay)).sub_(move)
 
 
 def loss_gradient(basis: Tensor, sketch: Sketch, penalty: float) -> Tensor:
