@@ -51,9 +51,10 @@ def test_the_next_step_is_what_it_was(writer, how, formats):
     optimizer.step()
     expected = read(folder / "next.pt")
     for name, p in model.named_parameters():
-        moved = (expected[name] - before[name]).abs().max()
-        assert moved > 1e-3
-        assert (p - expected[name]).abs().max() <= 1e-6 * moved, name
+        moved = (expected[name] - before[name]).norm()
+        assert moved > 1e-2
+        # Not bit by bit: processors and libraries differ in how they round a product.
+        assert (p - expected[name]).norm() <= 1e-6 * moved, name
 
 
 @pytest.mark.parametrize("formats", ["fp32", "int8"])
