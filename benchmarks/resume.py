@@ -280,11 +280,12 @@ def whole_state(optimizer: LowRankAdamW) -> dict[str, Any]:
     for rank in optimizer.comm.gather_objects(states):
         for name, state in rank.items():
             plan = plans[name]
-            for key, rows in optimizer.method.formats.rows(plan.r, plan.dtype).items():
+            for key, rows in optimizer.method.states.tensors(plan.r, plan.dtype).items():
                 if key in state:
-                    place, size = ("basis_row", plan.short) if rows.of == "basis" else ("row", plan.long)
+                    size = optimizer.method.states.length(key, plan.r, plan.dtype, plan.long, plan.short)
+                    first = 0 if rows.axis == "matrix" else state["basis_row" if rows.axis == "basis" else "row"]
                     target = found.setdefault(f"{name} {key}", torch.zeros(size, rows.width, dtype=rows.dtype))
-                    start, stop = state[place], state[place] + state[key].shape[0]
+                    start, stop = first, first + state[key].shape[0]
                     target[start:stop] = state[key]
                     covered.setdefault(f"{name} {key}", torch.zeros(size, dtype=torch.bool))[start:stop] = True
             for key in ("step", "refreshes", "indices", "overlaps"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ds_lowrank.rules import RULES, Rule
 from ds_lowrank.selections import SELECTIONS, Selection
@@ -96,6 +97,20 @@ def saved_layout(dtypes: Mapping[str, torch.dtype]) -> StateLayout | None:
     RULES.load()
     SELECTIONS.load()
     return layout.saved_layout(dtypes)
+
+
+def state_fault(states: StateLayout, entry: Mapping[str, Any]) -> str | None:
+    """What to say of a saved state that keeps other slots than a run, or keeps them in other formats.
+
+    Args:
+        states: what the run keeps.
+        entry: the saved state: tensors, and numbers that are passed over.
+    """
+    try:
+        saved = saved_layout({key: value.dtype for key, value in entry.items() if isinstance(value, Tensor)})
+    except ValueError as error:
+        return str(error)
+    return None if saved is None else states.fault(saved)
 
 
 def _options(option: str, name: str, known: Mapping[str, float], given: Mapping[str, Any]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.table import Table
 from ds_lowrank.full_rank.adamw import moment_bytes
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.plan.matrices import MatrixPlan
-from ds_lowrank.states.formats import Formats
+from ds_lowrank.states.layout import StateLayout
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,12 @@ class Report:
         narrow: names of those of them that ``all-linear`` means and whose short side does not exceed the rank.
         shared: projected matrices that lie on several ranks.
         moved: of which rows have to move in every step.
-        state_bytes: optimizer state of each rank: moments, bases, and AdamW's moments of the rest.
+        state_bytes: optimizer state of each rank: what is kept of matrices, and AdamW's moments of the rest.
         adamw_bytes: what full-rank AdamW would hold on each rank under the same sharding.
         gap, selection: as configured.
         notes: what the framework does unasked.
+        rule: as configured.
+        slots: what is kept of every matrix, and as what.
     """
 
     layout: str
@@ -50,6 +52,8 @@ class Report:
     gap: int
     selection: str
     notes: tuple[str, ...] = ()
+    rule: str = "adamw"
+    slots: dict[str, str] = field(default_factory=dict)
 
 
 def describe(optimizer: Any) -> Report:
@@ -103,7 +107,7 @@ def make_report(optimizer: LowRankAdamW) -> Report:
     adamw = {m.name: layout.dtype(m.name).itemsize for m in optimizer.members}
     numel = {m.name: math.prod(m.shape) for m in optimizer.members}
     rest = [m for m in optimizer.members if m.name not in names]
-    low = [sum(_state_bytes(p, k, optimizer.method.formats) for p in plans) for k in range(ranks)]
+    low = [sum(_state_bytes(p, k, optimizer.method.states) for p in plans) for k in range(ranks)]
     held = [sum(_held(p, k) * p.weight_dtype.itemsize for p in plans) for k in range(ranks)]
     # Full-rank parameters are cut evenly, whatever they are, but for layouts that cut nothing.
     over = 1 if layout.replicated else len(layout.ranks.shard_group)
@@ -125,6 +129,8 @@ def make_report(optimizer: LowRankAdamW) -> Report:
         gap=plans[0].gap,
         selection=optimizer.config.selection,
         notes=tuple(optimizer.notes),
+        rule=optimizer.config.rule,
+        slots={name: optimizer.method.states.format(name).name for name in optimizer.method.states.slots},
     )
 
 
@@ -154,6 +160,8 @@ def print_report(report: Report, console: Console | None = None, most_names: int
         f"optimizer state per rank: {_mib(ours)} MiB, AdamW under the same sharding: {_mib(adamw)} MiB "
         f"(ratio {ours / adamw:.3f})"
     )
+    kept = ", ".join(f"{name} ({kind})" for name, kind in report.slots.items())
+    console.print(f"rule {report.rule}; kept of every matrix: {kept or 'nothing'}")
     console.print(
         f"layout: {report.layout} on {report.ranks} rank{'s' * (report.ranks > 1)}; matrices that lie on several "
         f"ranks: {report.shared}, of which rows move in every step: {report.moved}; weights verified"
@@ -162,9 +170,9 @@ def print_report(report: Report, console: Console | None = None, most_names: int
         console.print(note)
 
 
-def _state_bytes(plan: MatrixPlan, rank: int, formats: Formats) -> int:
+def _state_bytes(plan: MatrixPlan, rank: int, states: StateLayout) -> int:
     share = plan.shares[rank]
-    return 0 if share is None else formats.bytes(share.rows, plan.kept(rank), plan.r, plan.dtype)
+    return 0 if share is None else states.bytes(share.rows, plan.kept(rank), plan.r, plan.dtype)
 
 
 def _held(plan: MatrixPlan, rank: int) -> int:

@@ -7,6 +7,7 @@ it is made; the ones that cost nothing to check come first, so that a wrong path
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -158,7 +159,14 @@ class LowRankArguments:
     update_proj_gap: int | None = HfArg(default=None, help="steps between two refreshes of a basis")
     scale: float | None = HfArg(default=None, aliases=["--galore_scale"], help="factor on the low-rank update")
     proj_type: str | None = HfArg(default=None, help="side that is projected: std, reverse_std, ...")
+    rule: str | None = HfArg(default=None, help="how projected gradients become a direction: adamw")
+    rule_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON mapping of the rule's own options"}
+    )
     selection: str | None = HfArg(default=None, help="importance (SARA), dominant (GaLore), uniform or random")
+    selection_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON mapping of the selection's own options"}
+    )
     moments: str | None = HfArg(default=None, help="moments at a refresh: keep or project")
     shard_projection: bool | None = HfArg(
         default=None, help="ranks that share a matrix keep a part of its basis each (true), or all of it (false)"
@@ -173,6 +181,12 @@ class LowRankArguments:
     def options(self, block: dict[str, Any], targets: list[str] | None) -> dict[str, Any]:
         """``block`` with the options and target modules that were given over it."""
         given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        for name in ("rule_options", "selection_options"):
+            if isinstance(given.get(name), str):
+                try:
+                    given[name] = json.loads(given[name])
+                except ValueError as error:
+                    raise ValueError(f"--{name} {given[name]!r} is not JSON: {error}") from error
         if targets:  # one is "all-linear" or a regular expression, several are names
             given["optim_target_modules"] = targets[0] if len(targets) == 1 else targets
         return {**block, **given}

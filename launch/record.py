@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from transformers import PretrainedConfig, TrainerCallback, TrainerControl, Trai
 from ds_lowrank import LowRankConfig
 from ds_lowrank.checkpoint.opening import has_low_rank
 from ds_lowrank.integrations.checkpoints import on_rank_0
+from ds_lowrank.rules import RULES
+from ds_lowrank.selections import SELECTIONS
 
 FILE = "run.json"
 # Of the checkpoint: the schedule that has begun goes on, unless --override_lr takes the command line's.
@@ -32,7 +35,8 @@ SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup
 KEPT = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed")
 # Of the command line: how long, in which steps and with which clip it goes on.
 FREE = ("max_steps", "num_train_epochs", "max_grad_norm", "sequences_per_step", "document_attention")
-# Refused where they differ: the states have these shapes and formats. Other options are of the command line.
+# Refused where they differ: the states have these shapes and formats. Other options are of the command line, another
+# rule or selection too where it keeps the same.
 STATE = ("rank", "rank_pattern", "proj_type", "optim_target_modules", "state_dtype", "basis_dtype")
 MODEL = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _BLOCK = {"learning_rate": "lr", "weight_decay": "weight_decay", "adam_epsilon": "eps"}  # their names in "lowrank"
@@ -145,6 +149,8 @@ def compare(before: dict[str, Any], here: dict[str, Any], args: PretrainArgument
         for name in names:
             if name in old and old[name] != here[part].get(name):
                 raise _Refusal(args, f"{part}.{name} = {old[name]!r}", f"{here[part].get(name)!r}")
+    if parts[1:]:
+        _compare_slots(before.get("lowrank", {}), here["lowrank"], args)
     length = before.get("data", {}).get("max_length", here["data"]["max_length"])
     if length != here["data"]["max_length"]:
         _other_data(args, f"--max_length {length}", f"{here['data']['max_length']}")
@@ -157,6 +163,26 @@ def compare(before: dict[str, Any], here: dict[str, Any], args: PretrainArgument
         old = before["lowrank"].get(name, value)
         if old != value and name not in hyper:
             _say(args, f"lowrank.{name} {value!r}, and {old!r} before")
+
+
+def _compare_slots(before: dict[str, Any], here: dict[str, Any], args: PretrainArguments) -> None:
+    """Refuse a rule or a selection that keeps something else than the one that wrote the states.
+
+    Args:
+        before, here: options; a record of then may not have them all.
+        args: the training arguments.
+
+    Raises:
+        ValueError: see above; or the one of then is not registered here.
+    """
+    methods = []
+    for options in (before, here):
+        asked = {**{f.name: f.default for f in fields(LowRankConfig) if f.name in ("rule", "selection")}, **options}
+        rule, selection = RULES.make(asked["rule"]), SELECTIONS.make(asked["selection"])
+        kept = [slot.name for slot in (*rule.slots, *selection.kept_slots())]
+        methods.append((set(kept), f"rule {rule.name!r} and selection {selection.name!r} ({', '.join(kept)})"))
+    if methods[0][0] != methods[1][0]:
+        raise _Refusal(args, methods[0][1], methods[1][1])
 
 
 def compare_data(before: dict[str, Any], here: dict[str, Any], args: PretrainArguments) -> None:

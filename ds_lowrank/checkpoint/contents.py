@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from rich.table import Table
 from ds_lowrank import manifest
 from ds_lowrank.checkpoint.opening import open_checkpoint, trainer_step
 from ds_lowrank.states.blocks import count
+from ds_lowrank.states.formats import Formats
+from ds_lowrank.states.layout import StateLayout
 
 
 def describe_checkpoint(folder: str | Path) -> dict[str, Any]:
@@ -24,8 +27,10 @@ def describe_checkpoint(folder: str | Path) -> dict[str, Any]:
     Returns:
         ``folder``; ``layout`` and ``ranks`` that wrote it (``None`` where it does not say); ``step`` of the Trainer or
         of the optimizer; ``complete``: whether its marker is there (files are not hashed); ``file_bytes``;
-        ``weights``, ``low_rank_bytes``, ``adamw_bytes`` (moments); ``state_dtype``, ``basis_dtype`` (``None`` without
-        low-rank states); ``matrices``: a list of ``name``, ``shape`` (m, n), ``rank``, ``step``, ``refreshes``,
+        ``weights``, ``low_rank_bytes``, ``adamw_bytes`` (moments); ``state_dtype``, ``basis_dtype`` (``None`` where
+        nothing is kept in it); ``slots``: what is kept of every matrix, a list of ``name``, ``axis`` (``rows`` of A,
+        rows of the ``basis``, or one a ``matrix``), ``width`` (numbers a row: ``r`` or 1), ``format`` and ``bytes`` of
+        all matrices together; ``matrices``: a list of ``name``, ``shape`` (m, n), ``rank``, ``step``, ``refreshes``,
         ``bytes``, ``overlaps`` with the basis before, oldest first; ``full_rank``: a list of ``name``, ``shape``.
 
     Raises:
@@ -47,7 +52,11 @@ def describe_checkpoint(folder: str | Path) -> dict[str, Any]:
             }
         )
     full_rank = source.full_rank()
-    formats = next((saved.formats.names for saved in source.matrices.values()), None)
+    kept = next((saved.states for saved in source.matrices.values()), StateLayout((), Formats()))
+    used = {slot.format for slot in kept.slots.values()}
+    slot_bytes: Counter[str] = Counter()
+    for saved in source.matrices.values():
+        slot_bytes.update(saved.slot_bytes)
     step = trainer_step(folder)
     return {
         "folder": str(folder),
@@ -59,8 +68,18 @@ def describe_checkpoint(folder: str | Path) -> dict[str, Any]:
         "weights": sum(math.prod(shape) for shape in source.parameters().values()),
         "low_rank_bytes": sum(m["bytes"] for m in matrices),
         "adamw_bytes": sum(_moment_bytes(source.moment_dtype(n), math.prod(s)) for n, s in full_rank.items()),
-        "state_dtype": formats and formats[0],
-        "basis_dtype": formats and formats[1],
+        "state_dtype": kept.state_dtype if used & {"signed", "unsigned"} else None,
+        "basis_dtype": kept.basis_dtype if "basis" in used else None,
+        "slots": [
+            {
+                "name": name,
+                "axis": slot.axis,
+                "width": slot.width,
+                "format": kept.format(name).name,
+                "bytes": slot_bytes[name],
+            }
+            for name, slot in kept.slots.items()
+        ],
         "matrices": matrices,
         "full_rank": [{"name": name, "shape": list(shape)} for name, shape in full_rank.items()],
     }
@@ -94,6 +113,13 @@ def print_checkpoint(facts: dict[str, Any], console: Console | None = None) -> N
             shape, size = f"{m['shape'][0]} x {m['shape'][1]}", f"{m['bytes'] / 2**20:.2f}"
             table.add_row(m["name"], shape, str(m["rank"]), str(m["step"]), str(m["refreshes"]), size, history)
         console.print(table)
+        of = {"rows": "row of A", "basis": "row of the basis", "matrix": "matrix"}
+        for slot in facts["slots"]:
+            console.print(
+                f"{slot['name']}: {slot['width']} number{'s' * (slot['width'] != 1)} a {of[slot['axis']]}, "
+                f"{slot['format']}, {slot['bytes'] / 2**20:,.2f} MiB",
+                soft_wrap=True,
+            )
     else:
         console.print("no low-rank states: another optimizer's checkpoint, or weights alone")
     console.print(

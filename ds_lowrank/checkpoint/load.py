@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_lowrank.checkpoint.opening import open_checkpoint
+from ds_lowrank.checkpoint.rank_files import FIRST_ROW
 from ds_lowrank.checkpoint.sources import Source, cut_piece, read_piece
 from ds_lowrank.engine.state import MatrixState, tensor_of
 from ds_lowrank.full_rank.adamw import MOMENTS, new_state
@@ -160,8 +161,8 @@ def _states_fault(source: Source, optimizer: LowRankAdamW, named: Mapping[str, T
                 f"{plan.name} {plan.shape} was projected to rank {saved.rank} and is to rank {plan.r} here: use the "
                 "same rank and rank_pattern"
             )
-        if saved.formats.names != formats.names:
-            return f"{plan.name} {plan.shape} {formats.differ(*saved.formats.names)}"
+        if fault := optimizer.method.states.fault(saved.states):
+            return f"{plan.name} {plan.shape} {fault}"
     projected = {plan.parameter for plan in plans}
     moments = source.full_rank()
     for member in [m for m in optimizer.members if m.name in moments and m.name not in projected]:
@@ -262,8 +263,9 @@ def _matrix_state(source: Source, optimizer: LowRankAdamW, plan: MatrixPlan) -> 
         if key in state:
             tensor_of(state, key).copy_(numbers[key])
     if "row" in state:
-        for key, rows in optimizer.method.formats.rows(plan.r, plan.dtype).items():
-            tensor, first = tensor_of(state, key), int(state["basis_row" if rows.of == "basis" else "row"])
+        for key, rows in optimizer.method.states.tensors(plan.r, plan.dtype).items():
+            at = FIRST_ROW[rows.axis]
+            tensor, first = tensor_of(state, key), 0 if at is None else int(state[at])
             tensor.copy_(source.rows(plan.name, key, first, first + tensor.shape[0]))
     return state
 

@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from ds_lowrank.checkpoint.folders import check_links, read_object
+from ds_lowrank.checkpoint.rank_files import common_layout
 from ds_lowrank.checkpoint.safe_load import HoldsObjects, load_file
 from ds_lowrank.checkpoint.sources import Source, WholeSource, ZeroSource
 from ds_lowrank.checkpoint.torch_files import model_tensors
 from ds_lowrank.layouts.dcp_files import DistributedFiles
 from ds_lowrank.layouts.zero_files import optimizer_files, packed_state, tag_folder
 from ds_lowrank.param_groups import clean_name
-from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY
+from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, STATE_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -74,21 +75,50 @@ def check_checkpoint(folder: str | Path) -> None:
     """Refuse what could run, or lead elsewhere, when a framework loads a checkpoint by its own means.
 
     DeepSpeed unpickles its files, and torch ``.metadata`` and the objects in ``*.distcp``, without restriction. What
-    they read is read here before, with lists of what it may hold.
+    they read is read here before, with lists of what it may hold. States of a method that is not registered here are
+    refused too: a framework would say of them that keys are missing.
 
     Args:
         folder: see :func:`open_checkpoint`.
 
     Raises:
-        ValueError: a file is damaged, or holds what it has no need of; a link leads out of the folder.
+        ValueError: a file is damaged, or holds what it has no need of; a link leads out of the folder; a low-rank state
+            keeps what no registered rule or selection does.
     """
     folder = Path(folder)
     check_links(folder)
     tag = tag_folder(folder)
     for path in sorted(tag.glob("*.pt")) if tag is not None else ():
-        load_file(path)
+        content = load_file(path)
+        if path.name.endswith("_optim_states.pt"):
+            try:
+                _, packed = packed_state(content, path)
+            except ValueError:
+                continue  # another optimizer's
+            _check_methods(path, packed.get("state") if isinstance(packed, Mapping) else None, STATE_KEY)
     for path in sorted((*folder.glob("*.metadata"), *folder.glob("*/*.metadata"))):
-        DistributedFiles(path.parent, path.name).check_objects()
+        files = DistributedFiles(path.parent, path.name)
+        files.check_objects()
+        _check_methods(path.parent, _by_parameter(files.tensors))
+    for path in [folder / name for name in ("optimizer.bin", "optimizer.pt") if (folder / name).is_file()]:
+        try:
+            content = load_file(path)
+        except HoldsObjects:
+            continue  # galore-torch's, which torch refuses by itself
+        _check_methods(path, content.get("state") if isinstance(content, Mapping) else None)
+
+
+def _check_methods(teller: Path, states: Any, key: str | None = None) -> None:
+    """Refuse states of methods that are not known here.
+
+    Args:
+        teller: file or folder of the states.
+        states: name -> state, or a mapping that has that under ``key``; anything else is passed over.
+    """
+    entries = states.get(key) if key is not None and isinstance(states, Mapping) else states
+    for name, entry in entries.items() if isinstance(entries, Mapping) else ():
+        if isinstance(entry, Mapping) and "indices" in entry and "refreshes" in entry:
+            common_layout([(f"{teller}: the state of {name}", entry)])
 
 
 def has_low_rank(folder: str | Path) -> bool:

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from ds_lowrank.full_rank.adamw import MOMENTS
+from ds_lowrank.methods import saved_layout
 from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, FORMAT, STATE_KEY
 from ds_lowrank.states.blocks import BLOCK, count
-from ds_lowrank.states.formats import Formats, saved_formats
+from ds_lowrank.states.layout import StateLayout
 
 CODES = tuple(f"{moment}_codes" for moment in MOMENTS)
 SCALES = tuple(f"{moment}_scale" for moment in MOMENTS)
+# Axis -> key of the number of a tensor's first row in the whole; of what there is one a matrix every rank has all.
+FIRST_ROW = {"rows": "row", "basis": "basis_row", "matrix": None}
 
 
 def check_rank_files(folder: Path, files: Sequence[tuple[Path, list[Tensor], dict[str, Any]]]) -> None:
@@ -49,8 +52,44 @@ def check_rank_files(folder: Path, files: Sequence[tuple[Path, list[Tensor], dic
         pieces = [(path, *_piece(packed, name)[:2]) for path, _, packed in files]
         _check_covered(folder, pieces, torch.Size(shape).numel(), f"elements of the weight of {name}")
     _check_moments(files, first)
+    kept = common_layout(
+        [
+            (f"{path}: the state of {name}", entry)
+            for path, _, packed in files
+            for name, entry in packed["state"].get(STATE_KEY, {}).items()
+            if "row" in entry
+        ]
+    )
     for name, about in first["matrices"].items():
-        _check_matrix(folder, files, name, about)
+        _check_matrix(folder, files, name, about, kept)
+
+
+def common_layout(entries: Iterable[tuple[str, Mapping[str, Any]]]) -> StateLayout | None:
+    """What the states of a checkpoint keep, all of them together: what one lacks is missing there.
+
+    Args:
+        entries: of each state what to call it, and its tensors and numbers.
+
+    Returns:
+        ``None``: there is no state, or a tensor has a dtype that no format has.
+
+    Raises:
+        ValueError: one keeps something that no registered method does.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    for what, entry in entries:
+        own = {key: dtype for key, value in entry.items() if (dtype := _dtype(value)) is not None}
+        try:
+            saved_layout(own)
+        except ValueError as error:
+            raise ValueError(f"{what} {error}") from None
+        dtypes.update(own)
+    return saved_layout(dtypes)
+
+
+def wide_dtype(entry: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that a state is computed with."""
+    return torch.float64 if torch.float64 in map(_dtype, entry.values()) else torch.float32
 
 
 def _check_description(path: Path, masters: Sequence[Tensor], packed: Mapping[str, Any]) -> None:
@@ -130,22 +169,24 @@ def _check_moments(files: Sequence[tuple[Path, list[Tensor], dict[str, Any]]], a
 
 
 def _check_matrix(
-    folder: Path, files: Sequence[tuple[Path, list[Tensor], dict[str, Any]]], name: str, about: Mapping[str, Any]
+    folder: Path,
+    files: Sequence[tuple[Path, list[Tensor], dict[str, Any]]],
+    name: str,
+    about: Mapping[str, Any],
+    kept_as: StateLayout | None,
 ) -> None:
     long, short = reversed(about["shape"]) if about["left"] else about["shape"]
     entries = [(path, packed["state"].get(STATE_KEY, {}).get(name)) for path, _, packed in files]
     kept = [(path, entry) for path, entry in entries if entry is not None and "row" in entry]
     if not kept:
         raise ValueError(f"{folder} has no low-rank state of {name}, which its files describe: one of them is damaged")
+    if kept_as is None:
+        raise ValueError(f"{kept[0][0]} is damaged: the state of {name} in it is of no format that is known")
     # A rank may keep rows of A and none of the basis, but the keys of both.
-    names = saved_formats({k: v.dtype for k, v in kept[0][1].items() if isinstance(v, Tensor)})
-    if names is None:
-        raise ValueError(f"{kept[0][0]} lacks moments or the basis of {name}: the file is damaged")
-    wide = torch.float64 if any(_dtype(v) == torch.float64 for v in kept[0][1].values()) else torch.float32
-    rows = Formats(*names).rows(about["rank"], wide)
+    rows = kept_as.tensors(about["rank"], wide_dtype(kept[0][1]))
     for path, entry in kept:
         for key, expected in rows.items():
-            tensor, first = entry.get(key), entry.get("basis_row" if expected.of == "basis" else "row")
+            tensor, first = entry.get(key), _first_row(entry, expected.axis)
             if not isinstance(tensor, Tensor) or not _whole(first):
                 raise ValueError(f"{path} lacks {key} of {name}: the file is damaged")
             if tensor.ndim != 2 or (tensor.shape[1], tensor.dtype) != (expected.width, expected.dtype):
@@ -159,8 +200,8 @@ def _check_matrix(
         for key in ("step", "refreshes"):
             check_counter(entry, key, name, path)
     for key, expected in rows.items():
-        at, size = ("basis_row", short) if expected.of == "basis" else ("row", long)
-        parts = [(path, entry[at], entry[at] + entry[key].shape[0]) for path, entry in kept]
+        parts = [(path, first := _first_row(entry, expected.axis), first + entry[key].shape[0]) for path, entry in kept]
+        size = {"rows": long, "basis": short, "matrix": 1}[expected.axis]
         _check_covered(folder, parts, size, f"rows of {key} of {name}")
     if not any(isinstance(entry.get("overlaps"), Tensor) for _, entry in kept):
         raise ValueError(f"{folder} has no counters of {name}: the files of a rank are damaged")
@@ -194,6 +235,11 @@ def _check_covered(folder: Path, parts: Iterable[tuple[Path, int, int]], size: i
         raise ValueError(f"{folder} lacks {what}: those from {end}{after} are in none of its files; one is damaged")
 
 
+def _first_row(entry: Mapping[str, Any], axis: str) -> Any:
+    at = FIRST_ROW[axis]
+    return 0 if at is None else entry.get(at)
+
+
 def _piece(packed: Mapping[str, Any], name: str) -> tuple[int, int]:
     piece = packed[DESCRIPTION_KEY]["parameters"][name]
     return piece.get("start", 0), piece.get("stop", 0)
@@ -212,4 +258,6 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _dtype(value: Any) -> torch.dtype | None:
-    return value.dtype if isinstance(value, Tensor) else None
+    """Of a tensor, or of what reads one."""
+    found = getattr(value, "dtype", None)
+    return found if isinstance(found, torch.dtype) else None

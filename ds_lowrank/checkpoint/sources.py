@@ -20,12 +20,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ds_lowrank.checkpoint.rank_files import CODES, SCALES, check_counter, check_rank_files
+from ds_lowrank.checkpoint.rank_files import (
+    CODES,
+    FIRST_ROW,
+    SCALES,
+    check_counter,
+    check_rank_files,
+    common_layout,
+    wide_dtype,
+)
 from ds_lowrank.full_rank.adamw import MOMENTS
 from ds_lowrank.layouts import Piece
+from ds_lowrank.plan.geometry import matrix_shape
 from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, STATE_KEY
 from ds_lowrank.states.blocks import BLOCK, count
-from ds_lowrank.states.formats import ROW_KEYS, Formats, saved_formats
+from ds_lowrank.states.layout import StateLayout
 
 _ADAMW = {"step", *MOMENTS, *CODES, *SCALES}
 # What no other optimizer keeps.
@@ -40,10 +49,10 @@ class SavedMatrix:
     Attributes:
         parameter: name of its parameter.
         index: which of the matrices stacked in it; ``None``: it is one.
-        long, short, rank: of the moments (long × r) and the basis (short × r).
+        long, short, rank: of A (long × short) and the subspace (r).
         left: whether A = Wᵀ.
-        formats: how moments and basis are kept.
-        dtype: that they are computed with.
+        states: what is kept of it, and how.
+        dtype: that it is computed with.
     """
 
     parameter: str
@@ -52,13 +61,18 @@ class SavedMatrix:
     short: int
     rank: int
     left: bool
-    formats: Formats
+    states: StateLayout
     dtype: torch.dtype
 
     @property
     def bytes(self) -> int:
-        """Of moments and basis."""
-        return self.formats.bytes(self.long, self.short, self.rank, self.dtype)
+        """Of all that is kept."""
+        return self.states.bytes(self.long, self.short, self.rank, self.dtype)
+
+    @property
+    def slot_bytes(self) -> dict[str, int]:
+        """Slot -> bytes."""
+        return self.states.slot_bytes(self.long, self.short, self.rank, self.dtype)
 
 
 class Source(Protocol):
@@ -101,7 +115,7 @@ class Source(Protocol):
         ...
 
     def rows(self, matrix: str, key: str, start: int, stop: int) -> Tensor:
-        """Rows of what its formats keep under ``key``."""
+        """Rows of what is kept under ``key``; of what there is one a matrix, row 0."""
         ...
 
     def numbers(self, matrix: str) -> dict[str, Any]:
@@ -141,24 +155,6 @@ def cut_piece(read: Callable[[int, int], Tensor], piece: Piece, shape: tuple[int
     return whole.narrow(piece.dim, piece.start, piece.stop - piece.start).reshape(-1)
 
 
-def missing_keys(entry: Mapping[str, Any]) -> list[str]:
-    """What a state of a matrix lacks under the names of any format."""
-    wanted = [*NUMBERS, "left"]
-    for quantity in (*MOMENTS, "basis"):
-        coded = [f"{quantity}_codes", f"{quantity}_scale"]
-        wanted += coded if any(key in entry for key in coded) else [quantity]
-    return [key for key in wanted if key not in entry]
-
-
-def _saved_formats(entry: Mapping[str, Any]) -> tuple[Formats, torch.dtype] | None:
-    """Formats of a matrix's state, and the dtype that it is computed with; ``None``: another optimizer's."""
-    dtypes = {key: entry[key].dtype for key in ROW_KEYS if key in entry}
-    names = saved_formats(dtypes)
-    if names is None:
-        return None
-    return Formats(*names), torch.float64 if torch.float64 in dtypes.values() else torch.float32
-
-
 class WholeSource:
     """A checkpoint whose tensors have global shapes: FSDP2, DDP, one process.
 
@@ -193,45 +189,66 @@ class WholeSource:
         ours = [name for name, entry in states.items() if any(key in entry for key in _OURS)]
         # A state that is AdamW's and nothing else is looked at as that.
         without = [name for name in projected if not states.get(name) or not _ADAMW.issuperset(states[name])]
-        for parameter in dict.fromkeys((*ours, *(without if ours else ()))):
-            self._take_matrix(parameter, states.get(parameter, {}), teller)
+        projected = list(dict.fromkeys((*ours, *(without if ours else ()))))
+        # All matrices of a run keep the same: what one of them lacks, others tell.
+        kept = common_layout([(f"{teller}: the state of {name}", states.get(name, {})) for name in projected])
+        for parameter in projected:
+            self._take_matrix(parameter, states.get(parameter, {}), kept, teller)
         self._check_moments(bool(ours), teller)
 
-    def _take_matrix(self, parameter: str, entry: Mapping[str, Any], teller: Path) -> None:
-        missing = missing_keys(entry)
+    def _take_matrix(self, parameter: str, entry: Mapping[str, Any], kept: StateLayout | None, teller: Path) -> None:
+        keys = [key for slot in kept.slots for key in kept.keys(slot)] if kept is not None else []
+        missing = [key for key in (*NUMBERS, "left", *keys) if key not in entry]
         if missing:
             what = ", ".join(missing) if entry else "the state"
             raise ValueError(f"{teller} lacks {what} of {parameter}, which is projected in it: it is damaged")
         shapes = {key: tuple(tensor.shape) for key, tensor in entry.items()}
         *stack, r = shapes["indices"] or (0,)
-        found = _saved_formats(entry)
-        if found is None or len(stack) > 1:
+        if kept is None or len(stack) > 1:
             raise ValueError(f"{teller} is damaged: the state of {parameter} is {shapes}")
-        formats, dtype = found
-        sizes = {"exp_avg": 0, "exp_avg_sq": 0, "basis": 0}
-        for key, rows in formats.rows(r, dtype).items():
-            size = sizes[rows.of] = sizes[rows.of] or (shapes[key][-2] if len(shapes[key]) > 1 else 0)
+        for key in ("step", "refreshes"):
+            check_counter({key: self._state(parameter, key)}, key, parameter, teller)
+        left = bool(self._state(parameter, "left").flatten()[0])
+        tensors = kept.tensors(r, wide_dtype(entry))
+        sizes: dict[str, int] = {"matrix": 1}
+        for key, rows in tensors.items():
+            size = sizes.setdefault(rows.axis, shapes[key][-2] if len(shapes[key]) > 1 else 0)
             if shapes[key] != (*stack, size, rows.width) or entry[key].dtype != rows.dtype:
                 raise ValueError(
                     f"{teller} is damaged: {key} of {parameter} is {shapes[key]} {entry[key].dtype}, not "
                     f"{(*stack, size, rows.width)} {rows.dtype}"
                 )
         numbers = (shapes["step"], shapes["refreshes"], shapes["left"], shapes["overlaps"][:-1])
-        long, short = sizes["exp_avg"], sizes["basis"]
-        if sizes["exp_avg_sq"] != long or any(shape != tuple(stack) for shape in numbers):
+        if any(shape != tuple(stack) for shape in numbers):
             raise ValueError(f"{teller} is damaged: the tensors of {parameter} do not fit together: {shapes}")
-        for key in ("step", "refreshes"):
-            check_counter({key: self._state(parameter, key)}, key, parameter, teller)
-        left = bool(self._state(parameter, "left").flatten()[0])
-        weight = self._weights.get(parameter)
-        if weight is not None and tuple(weight.shape) != (*stack, *((short, long) if left else (long, short))):
-            raise ValueError(
-                f"{teller} has a state of {parameter} for {long} x {short} weights, and those in {self.folder} are "
-                f"{tuple(weight.shape)}: they are not of one checkpoint"
-            )
+        long, short = self._sides(parameter, tuple(stack), left, sizes, teller)
         for e in range(stack[0]) if stack else [None]:
             name = parameter if e is None else f"{parameter}[{e}]"
-            self.matrices[name] = SavedMatrix(parameter, e, long, short, r, left, formats, dtype)
+            self.matrices[name] = SavedMatrix(parameter, e, long, short, r, left, kept, wide_dtype(entry))
+
+    def _sides(
+        self, parameter: str, stack: tuple[int, ...], left: bool, sizes: Mapping[str, int], teller: Path
+    ) -> tuple[int, int]:
+        """Long and short: of what is kept, and of the weight, which has to be of that size."""
+        weight = self._weights.get(parameter)
+        if weight is None:
+            if not {"rows", "basis"} <= sizes.keys():
+                raise ValueError(
+                    f"{self.folder} has no weights of {parameter}, whose state in {teller} does not say of which size "
+                    "they are: it is incomplete"
+                )
+            return sizes["rows"], sizes["basis"]
+        shape = tuple(weight.shape)
+        fits = len(shape) >= 2 + len(stack) and shape[: len(stack)] == stack
+        m, n = matrix_shape(shape, bool(stack)) if fits else (-1, -1)
+        whole = (n, m) if left else (m, n)
+        long, short = (sizes.get(axis, size) for axis, size in zip(("rows", "basis"), whole))
+        if (long, short) != whole:
+            raise ValueError(
+                f"{teller} has a state of {parameter} for {long} x {short} weights, and those in {self.folder} are "
+                f"{shape}: they are not of one checkpoint"
+            )
+        return long, short
 
     def _check_moments(self, ours: bool, teller: Path) -> None:
         """AdamW's, of what is not projected: whole where this package, or any AdamW, has written them."""
@@ -346,15 +363,15 @@ class ZeroSource:
         self.layout, self.ranks = self._about[0]["layout"], self._about[0]["ranks"]
         self._shapes = {name: tuple(p["shape"]) for name, p in self._about[0]["parameters"].items()}
         self.matrices = {}
+        entries = [(name, e) for k in range(self.ranks) for name, e in self._low_rank(k).items() if "row" in e]
+        kept = common_layout(entries)
         for name, m in self._about[0]["matrices"].items():
-            found = _saved_formats(
-                next(s for k in range(self.ranks) if "row" in (s := self._low_rank(k).get(name, {})))
-            )
-            assert found is not None  # the files were checked
+            assert kept is not None  # the files were checked
             index = None if m["index"] < 0 else m["index"]
             long, short = reversed(m["shape"]) if m["left"] else m["shape"]
             left = bool(m["left"])
-            self.matrices[name] = SavedMatrix(m["parameter"], index, long, short, m["rank"], left, *found)
+            wide = wide_dtype(next(e for of, e in entries if of == name))
+            self.matrices[name] = SavedMatrix(m["parameter"], index, long, short, m["rank"], left, kept, wide)
 
     def probe(self, share: int, shares: int) -> None:  # noqa: D102
         pass  # memory-mapped as a whole, and looked at when it was opened
@@ -422,12 +439,13 @@ class ZeroSource:
     def rows(self, matrix: str, key: str, start: int, stop: int) -> Tensor:  # noqa: D102
         found: Tensor | None = None
         covered = torch.zeros(stop - start, dtype=torch.bool)  # a basis may be on several ranks
-        at = "basis_row" if key.startswith("basis") else "row"
+        saved = self.matrices[matrix]
+        at = FIRST_ROW[saved.states.tensors(saved.rank, saved.dtype)[key].axis]
         for rank in range(self.ranks):
             state = self._low_rank(rank).get(matrix, {})
             if key not in state:
                 continue
-            tensor, first = state[key], state[at]
+            tensor, first = state[key], 0 if at is None else state[at]
             a, b = max(start, first), min(stop, first + tensor.shape[0])
             if found is None:
                 found = torch.empty(stop - start, tensor.shape[1], dtype=tensor.dtype)

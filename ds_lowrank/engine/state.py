@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ds_lowrank.methods import saved_layout
+from ds_lowrank.methods import state_fault
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.states.layout import StateLayout
 
@@ -62,8 +62,7 @@ class NewStates:
     def fit(self, plan: MatrixPlan, state: MatrixState) -> str | None:
         """Bring a loaded state of one matrix to the weights' device; returns what does not fit, if anything."""
         expected = self.new(plan) or {}
-        saved = saved_layout({key: value.dtype for key, value in state.items() if isinstance(value, Tensor)})
-        if saved is not None and (fault := self._kept.fault(saved)):
+        if fault := state_fault(self._kept, state):
             return f"{plan.name} {plan.shape} {fault}"
         for key in _ORIGIN:
             if key in state and key in expected and (isinstance(state[key], Tensor) or state[key] != expected[key]):

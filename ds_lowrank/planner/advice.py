@@ -97,7 +97,12 @@ def _smaller_buckets(setup: Setup) -> Setup | None:
 def _narrow(setup: Setup) -> Setup | None:
     if setup.state_dtype == "int8":
         return None
-    return setup.replace(state_dtype="int8", basis_dtype="bf16" if setup.basis_dtype == "fp32" else setup.basis_dtype)
+    try:
+        return setup.replace(
+            state_dtype="int8", basis_dtype="bf16" if setup.basis_dtype == "fp32" else setup.basis_dtype
+        )
+    except ValueError:
+        return None  # a selection whose bases have to be precise
 
 
 def _offload(setup: Setup) -> Setup | None:

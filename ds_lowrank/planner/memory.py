@@ -146,7 +146,7 @@ def plan_memory(
         rank: r; ``None``: the configuration's.
         lowrank: options that win over the configuration's ``"lowrank"`` block, from which formats are taken too.
         given: attributes of :class:`Setup`: ``seq``, ``micro_batch``, ``accumulation``, ``checkpointing``, ``dtype``,
-            ``master``, ``state_dtype``, ``basis_dtype``, ``device``, ``units``.
+            ``master``, ``state_dtype``, ``basis_dtype``, ``device``, ``units``. Rule and selection are the block's.
 
     Raises:
         ValueError: an option is unknown or out of range, no rank is set, the framework's configuration is not
@@ -167,7 +167,7 @@ def plan_memory(
         setup, options = Setup(kind="ddp" if gpus > 1 else "one", ranks=gpus, **chosen), {}
     asked = {key: value for key, value in formats.items() if value is not None}
     config = low_rank_config({**options, **(lowrank or {}), **asked}, rank)
-    return plan_setup(known, config, setup.replace(state_dtype=config.state_dtype, basis_dtype=config.basis_dtype))
+    return plan_setup(known, config, setup.of(config))
 
 
 def plan_setup(model: Model, config: LowRankConfig, setup: Setup, places: Arrangement | None = None) -> MemoryPlan:
@@ -251,13 +251,7 @@ def _steps(
         ahead = [(0, 0, 0)] * setup.ranks if ours else [(s.temporaries, s.temporaries, 0) for s in states]
         matrices = [h for h in places.holdings if h.plan.unit == unit] if ours else []
         if matrices:
-            made = temporaries(
-                matrices,
-                state_dtype=setup.state_dtype,
-                basis_dtype=setup.basis_dtype,
-                gram_width=gram_width,
-                offload=setup.offload,
-            )
+            made = temporaries(matrices, method=setup.method, gram_width=gram_width, offload=setup.offload)
             ahead = list(zip(made.step, made.refresh, made.solver))
         for rank, (inside, due, work) in enumerate(ahead):
             start, during = held[rank].copies.get(unit, (0, 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from ds_lowrank.config import LowRankConfig
 from ds_lowrank.integrations.deepspeed_config import BATCH_KEYS, read_deepspeed_config
 from ds_lowrank.integrations.deepspeed_reading import offload_device
 from ds_lowrank.integrations.fsdp import read_fsdp_config
+from ds_lowrank.methods import Method, make_method
 from ds_lowrank.planner import passed_over
 from ds_lowrank.planner.accelerate_files import deepspeed_file, fsdp_block, is_accelerates
 from ds_lowrank.states.formats import BASIS_DTYPES, STATE_DTYPES
 
+_OF_THE_BLOCK = ("rule", "rule_options", "selection", "selection_options", "state_dtype", "basis_dtype")
 KINDS = ("zero1", "zero2", "zero3", "fsdp2", "ddp", "one")
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 MASTERS = ("fp32", "bf16")
@@ -39,6 +41,7 @@ class Setup:
         master: ``fp32``, or ``bf16``: no fp32 copy of the weights. Under DeepSpeed without offload, which takes no
             optimizer but its own there.
         state_dtype, basis_dtype: formats of low-rank moments and of bases.
+        rule, rule_options, selection, selection_options: the method, as in :class:`ds_lowrank.LowRankConfig`.
         offload: ZeRO's optimizer on the CPU.
         accumulation_dtype, communication_dtype: of gradients, in DeepSpeed.
         reduce_bucket, prefetch_bucket, max_live, max_reuse, persistence, sub_group: DeepSpeed's sizes, in elements.
@@ -60,6 +63,10 @@ class Setup:
     master: str = "fp32"
     state_dtype: str = "fp32"
     basis_dtype: str = "fp32"
+    rule: str = "adamw"
+    rule_options: Mapping[str, float] = field(default_factory=dict, hash=False)
+    selection: str = "importance"
+    selection_options: Mapping[str, float] = field(default_factory=dict, hash=False)
     offload: bool = False
     accumulation_dtype: str = "bf16"
     communication_dtype: str = "bf16"
@@ -97,6 +104,7 @@ class Setup:
             raise ValueError("BF16_Optimizer (stage 1, bf16, fp32 accumulation) is not planned: use stage 2")
         if self.master == "bf16" and self.kind.startswith("zero") and (self.offload or self.dtype != "bf16"):
             raise ValueError("master bf16 under DeepSpeed needs dtype bf16, and no offload_optimizer")
+        _ = self.method  # refuses what does not go together
 
     @property
     def width(self) -> int:
@@ -112,6 +120,19 @@ class Setup:
     def tokens(self) -> int:
         """Of a micro-step."""
         return self.seq * self.micro_batch
+
+    @property
+    def method(self) -> Method:
+        """What is computed, and what is kept of it.
+
+        Raises:
+            ValueError: rule, selection and formats do not go together.
+        """
+        return make_method(LowRankConfig.from_dict({name: getattr(self, name) for name in _OF_THE_BLOCK}))
+
+    def of(self, config: LowRankConfig) -> Setup:
+        """This setup with the method and the formats of a configuration."""
+        return self.replace(**{name: getattr(config, name) for name in _OF_THE_BLOCK})
 
     def replace(self, **changes: Any) -> Setup:
         """Copy with some attributes changed, checked again."""

@@ -82,7 +82,8 @@ def _headline(plan: MemoryPlan) -> str:
         f"{_KINDS[s.kind]}{' with offload' if s.offload else ''}, {s.ranks} rank{'s' * (s.ranks > 1)}\n"
         f"{s.micro_batch} x {s.seq} tokens{', checkpointing' if s.checkpointing else ''}\n"
         f"{s.dtype}, {'no fp32 master' if s.master == 'bf16' else 'fp32 master'}, rank {plan.config.rank}\n"
-        f"{s.state_dtype} states, {s.basis_dtype} bases"
+        f"{s.rule}, {s.selection} subspaces\n"
+        f"{s.state_dtype} states, {f'{s.basis_dtype} bases' if s.method.selection.stored else 'no bases kept'}"
     )
 
 

@@ -10,7 +10,7 @@ from ds_lowrank.full_rank.adamw import moment_dtype
 from ds_lowrank.layouts.base import Piece
 from ds_lowrank.layouts.cuts import Shape
 from ds_lowrank.planner.arrangement import Arrangement, padded_share, partition_size
-from ds_lowrank.planner.formats import adamw8bit_bytes, rows_bytes
+from ds_lowrank.planner.formats import adamw8bit_bytes
 from ds_lowrank.planner.setup import Setup
 from ds_lowrank.states.runs import runs_of
 
@@ -22,8 +22,8 @@ class States:
     """Bytes on one rank.
 
     Attributes:
-        moments: of all parameters.
-        bases: of projected matrices.
+        moments: of all parameters: what is kept of matrices by rows of A, or once, and AdamW's of the rest.
+        bases: what is kept of projected matrices by rows of the basis.
         temporaries: in a step, where the optimizer is not ours (whose temporaries differ by call).
     """
 
@@ -56,9 +56,11 @@ def states_of(optimizer: str, places: Arrangement, setup: Setup) -> list[States]
     if optimizer == "GaLore unsharded":
         return _galore(places, setup)
     moments = bases = torch.zeros(setup.ranks, dtype=torch.int64)
+    kept = setup.method.states
     for h in places.holdings:
-        moments = moments + h.rows * (2 * rows_bytes(1, h.plan.r, setup.state_dtype))
-        bases = bases + h.computes * h.kept * rows_bytes(1, h.plan.r, setup.basis_dtype)
+        of = kept.row_bytes(h.plan.r, h.plan.dtype)
+        moments = moments + h.rows * of["rows"] + h.computes * of["matrix"]
+        bases = bases + h.computes * h.kept * of["basis"]
     if setup.state_dtype == "int8":
         rest = _codes(places)
     else:

@@ -1,8 +1,9 @@
 """What the low-rank step holds for a moment on each rank: read off engine/.
 
-A step needs the projection of one matrix and its basis. Where rows move, three batches of them are on their way at
+A step needs the projections of a batch's matrices and their bases. Where rows move, three batches are on their way at
 once: the next one's gradients, this one's updates, and the updates of the one before. A refresh needs the rows of a
-wave, the Grams that this rank owns, and what one decomposition takes.
+wave, the Grams that this rank owns, and what one decomposition takes; of a selection that draws from its key alone
+there are no Grams, and where bases are not kept each is made anew for every use.
 
 All is computed for all ranks at once: a tensor here is int64 and has one number a rank, N of them.
 """
@@ -16,8 +17,11 @@ import torch
 from torch import Tensor
 
 from ds_lowrank.engine.batches import batches_of, waves_of
-from ds_lowrank.planner.formats import rows_bytes
+from ds_lowrank.methods import Method
+from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.planner.holdings import Holding
+from ds_lowrank.selections import Selection
+from ds_lowrank.states.layout import BASIS, StateLayout
 from ds_lowrank.subspace.project import widened_rows
 
 
@@ -37,29 +41,30 @@ class Temporaries:
     solver: list[int]
 
 
-def temporaries(
-    held: Sequence[Holding], *, state_dtype: str, basis_dtype: str, gram_width: int, offload: bool = False
-) -> Temporaries:
+def temporaries(held: Sequence[Holding], *, method: Method, gram_width: int, offload: bool = False) -> Temporaries:
     """What stepping matrices, all of one call of ``step()``, holds on every rank.
 
     Args:
         held: the matrices in the model's order; not empty.
-        state_dtype, basis_dtype: formats of moments and bases.
+        method: rule, selection and what they keep.
         gram_width: bytes of a number of a Gram.
         offload: whether weights, gradients and states lie on the CPU and visit the device one matrix at a time.
     """
-    formats = (state_dtype, basis_dtype, offload)
     by_name = {h.plan.name: h for h in held}
-    matrix = {name: _matrix(h, formats) for name, h in by_name.items()}
     ranks = len(held[0].plan.copy)
     nothing = torch.zeros(ranks, dtype=torch.int64)
-    shared = [h.plan for h in held if h.plan.shared]
-    batches = [_Batch([by_name[p.name] for p in batch], matrix) for batch in batches_of(shared)]
-    # Of what one rank holds no row moves: how it is batched makes no difference.
-    step = _most([_pipeline(batches), *(matrix[h.plan.name] for h in held if not h.plan.shared)], nothing)
+    batches = [[by_name[p.name] for p in batch] for batch in batches_of(h.plan for h in held)]
+    moved = [batch for batch in batches if batch[0].plan.shared]
+    alone = (_together(batch, method, offload) for batch in batches if not batch[0].plan.shared)
+    pipeline = _pipeline([_Batch(batch, _together(batch, method, offload)) for batch in moved])
+    step = _most([pipeline, *alone], nothing)
     refresh = solver = nothing
     for wave in waves_of([h.plan for h in held]):
-        highest, work = _wave([by_name[p.name] for p in wave], matrix, gram_width)
+        due = {p.name for p in wave}
+        # What one rank holds alone steps later, with all that is not due.
+        parts = [part for batch in moved if (part := [h for h in batch if h.plan.name in due])]
+        stepping = _most((_together(part, method, offload) for part in parts), nothing)
+        highest, work = _wave([by_name[p.name] for p in wave], stepping, gram_width, method.selection)
         higher = (highest > refresh) | ((highest == refresh) & (work > solver))
         refresh, solver = torch.where(higher, highest, refresh), torch.where(higher, work, solver)
     return Temporaries(step.tolist(), refresh.tolist(), solver.tolist())
@@ -79,10 +84,10 @@ class _Batch:
         buffered: rows of A that are brought here; as many updates leave.
         leaving: what is held here of matrices whose rows move, and so leaves; as many updates arrive.
         handed: weights that are handed round (DDP): this rank's, and everybody's.
-        matrix: what one matrix needs, the one that needs most.
+        stepping: what is needed while they step.
     """
 
-    def __init__(self, held: Sequence[Holding], matrix: dict[str, Tensor]):
+    def __init__(self, held: Sequence[Holding], stepping: Tensor):
         nothing = torch.zeros_like(held[0].rows)
         self.buffered = self.leaving = nothing
         for h in held:
@@ -91,7 +96,7 @@ class _Batch:
             if h.plan.moves:
                 self.leaving = self.leaving + (h.part - h.view) * width
         self.handed = _handed(held, nothing)
-        self.matrix = _most((matrix[h.plan.name] for h in held), nothing)
+        self.stepping = stepping
 
     @property
     def moving(self) -> Tensor:
@@ -118,7 +123,7 @@ def _pipeline(batches: Sequence[_Batch]) -> Tensor:
             (
                 batch.moving + left,  # its rows are on their way
                 2 * batch.buffered + left,  # and are put together
-                batch.buffered + coming + left + batch.matrix,  # a row block goes as its update comes
+                batch.buffered + coming + left + batch.stepping,  # a row block goes as its update comes
                 batch.buffered + batch.moving + coming + left + batch.handed,  # updates leave
             ),
             highest,
@@ -126,33 +131,54 @@ def _pipeline(batches: Sequence[_Batch]) -> Tensor:
     return highest
 
 
-def _matrix(h: Holding, formats: tuple[str, str, bool]) -> Tensor:
-    """The product, the basis, and what narrow formats are widened to, of one matrix."""
-    plan = h.plan
-    state_dtype, basis_dtype, offload = formats
-    width = plan.dtype.itemsize
-    product = h.rows * plan.r * width
-    blocks = torch.where(h.blocks == 2, 2, 1)
-    basis = plan.short * plan.r * width
-    gathered = rows_bytes(plan.short, plan.r, basis_dtype)
-    joining = basis if basis_dtype != "fp32" or offload else 0
+def _together(held: Sequence[Holding], method: Method, offload: bool) -> Tensor:
+    """Of matrices that step together: all their products, bases, and what narrow formats are widened to; of one alone
+    what is widened or brought here some rows at a time.
+    """
+    whole = some = torch.zeros_like(held[0].rows)
+    for h in held:
+        plan = h.plan
+        width = plan.dtype.itemsize
+        whole = whole + h.computes * (h.rows * plan.r * width + _basis(plan, method, offload))
+        if not offload:  # narrow slots are widened where they lie
+            whole = whole + h.rows * _widened(method.states, plan.r) * width
+        if plan.weight_dtype.itemsize < width:
+            # Gradients are widened for the product, weights for the lift: some rows at a time.
+            rows = h.view.clamp(max=widened_rows(plan.short) * plan.short) * width
+            some = torch.maximum(some, h.computes * rows)
+        if offload:
+            some = torch.maximum(some, h.computes * (2 * h.view * plan.weight_dtype.itemsize))
+    return whole + some
+
+
+def _widened(kept: StateLayout, r: int) -> int:
+    """Numbers a row of A that a step reads from a narrow format."""
+    return sum(
+        kept.width(name, r)
+        for name, slot in kept.slots.items()
+        if slot.axis == "rows" and kept.format(name).name != "fp32"
+    )
+
+
+def _basis(plan: MatrixPlan, method: Method, offload: bool) -> int:
+    """Bytes of a basis beside what is kept of it, on a rank that uses it."""
+    basis = plan.short * plan.r * plan.dtype.itemsize
+    if not method.selection.stored:
+        return basis  # made anew, all of it
+    stored = method.states.format(BASIS.name)
+    needed = basis if stored.name != "fp32" or offload else 0
     if plan.basis_sharded:
+        gathered = stored.bytes(plan.short, plan.r, plan.dtype)
         # The basis before is held until this one is joined, and the next is on its way.
-        joining = basis + gathered + basis + gathered
-    # Narrow moments are widened where they lie.
-    moments = 0 if state_dtype == "fp32" or offload else 2
-    needed = product * (blocks + moments) + joining
-    if plan.weight_dtype.itemsize < width:
-        # Gradients are widened for the product, weights for the lift: some rows at a time.
-        needed = needed + h.view.clamp(max=widened_rows(plan.short) * plan.short) * width
-    if offload:
-        needed = needed + 2 * h.view * plan.weight_dtype.itemsize
-    return needed * h.computes
+        needed = basis + gathered + basis + gathered
+    if method.selection.evidence == "sketch":
+        needed += 2 * basis  # the sum of ∇Aᵀ R over the rows here, and what of it arrives from others
+    return needed
 
 
-def _wave(held: Sequence[Holding], matrix: dict[str, Tensor], g: int) -> tuple[Tensor, Tensor]:
+def _wave(held: Sequence[Holding], stepping: Tensor, g: int, selection: Selection) -> tuple[Tensor, Tensor]:
     """A refresh of matrices side by side and their step; of it the solver's workspace."""
-    batch = _Batch(held, matrix)
+    batch = _Batch(held, stepping)
     nothing = torch.zeros_like(batch.buffered)
     # Of Grams that all ranks add up those owned here stay, one is on its way and one is computed.
     grams, passing = nothing, nothing
@@ -163,14 +189,21 @@ def _wave(held: Sequence[Holding], matrix: dict[str, Tensor], g: int) -> tuple[T
     owned, alone = nothing, nothing  # the longest side of what is decomposed here
     framed = nothing  # of gathered rows: in the Gram's dtype, as QR overwrites them, and their frame
     bases, kept = nothing, nothing
+    alone_drawn = nothing  # the largest basis that is drawn where it is used
     for h in held:
         plan = h.plan
         square = plan.side_to_decompose**2 * g
         here = h.contributes if plan.shared else h.computes
+        drawn = plan.short * plan.r * plan.dtype.itemsize
+        if selection.stored and plan.shared:
+            bases = bases + h.owns * drawn
+            kept = kept + h.computes * h.kept * (plan.r * plan.dtype.itemsize)
+        if selection.evidence != "gram":
+            # Drawn from a key: nothing is added up, sent or decomposed before.
+            alone_drawn = _most([h.computes * drawn * (not plan.shared)], alone_drawn)
+            continue
         if plan.shared:
             owned = _most([h.owns * plan.side_to_decompose], owned)
-            bases = bases + h.owns * (plan.short * plan.r * plan.dtype.itemsize)
-            kept = kept + h.computes * h.kept * (plan.r * plan.dtype.itemsize)
         else:
             alone = _most([here * plan.side_to_decompose], alone)
         if plan.gathers:
@@ -200,9 +233,9 @@ def _wave(held: Sequence[Holding], matrix: dict[str, Tensor], g: int) -> tuple[T
     deciding = grams + summed + received + framed + 2 * s + largest**2 + solver + (alone > owned) * s
     deciding = deciding * (largest > 0)
     collecting = torch.maximum(batch.moving, 2 * batch.buffered)
-    stepping = batch.buffered + torch.maximum(batch.matrix, batch.moving + batch.handed) + batch.buffered
-    others = torch.maximum(computing, 2 * bases + 2 * kept)
+    after = batch.buffered + torch.maximum(batch.stepping, batch.moving + batch.handed) + batch.buffered
+    others = torch.maximum(computing, 2 * bases + 2 * kept + alone_drawn)
     refreshing = batch.buffered + torch.maximum(deciding + bases, others)
-    highest = torch.maximum(torch.maximum(collecting, stepping), refreshing)
+    highest = torch.maximum(torch.maximum(collecting, after), refreshing)
     at_solver = (highest == refreshing) & (deciding + bases >= others)
     return highest, solver * at_solver

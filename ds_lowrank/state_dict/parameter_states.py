@@ -16,11 +16,11 @@ from torch import Tensor
 from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.engine.state import HISTORY, MatrixState, tensor_of
 from ds_lowrank.layouts import ParameterLayout, local_tensors
-from ds_lowrank.methods import saved_layout
+from ds_lowrank.methods import state_fault
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.state_dict.adopt import counters_fault, wholes
 from ds_lowrank.states.formats import RowTensor
-from ds_lowrank.states.layout import StateLayout
+from ds_lowrank.states.layout import Axis, StateLayout
 from ds_lowrank.states.packing import pack
 
 CONSOLIDATE = (
@@ -36,7 +36,8 @@ Spans = list[tuple[int, int] | None]
 class ParameterStates:
     """Turns the states of matrices into entries of a ``state_dict``, by parameter, and back.
 
-    An entry has ``exp_avg``, ``exp_avg_sq`` (long × r) and ``basis`` (short × r) under the keys of their formats,
+    An entry has every slot that is kept, whole, under the keys of its format (as the rows of A: long × width, of the
+    basis: short × width, or 1 × width where there is one a matrix), and
     ``indices`` (r, int32), ``overlaps`` (``HISTORY``, float32), ``step``, ``refreshes`` and ``left`` (int64 numbers as
     tensors). Those of stacked matrices have one more dimension in front.
 
@@ -144,7 +145,7 @@ class ParameterStates:
                 rows[key].append(held[key].to(device))
         entry: dict[str, Tensor] = {}
         for key, kept in tensors.items():
-            whole = (len(plans),) * stacked + (_length(plans[0], kept), kept.width)
+            whole = (len(plans),) * stacked + (self._length(plans[0], key), kept.width)
             if apart and not local:
                 part = torch.zeros(0, *whole[1:], dtype=kept.dtype, device=device)
             else:
@@ -159,35 +160,53 @@ class ParameterStates:
         return entry
 
     def _home(self, plan: MatrixPlan, states: Mapping[str, MatrixState]) -> torch.device:
-        for key in self._basis_keys(plan):
-            basis = states.get(plan.name, {}).get(key)
-            if isinstance(basis, Tensor):
-                return basis.device
+        for key in self._tensors(plan):
+            found = states.get(plan.name, {}).get(key)
+            if isinstance(found, Tensor):
+                return found.device
         return self._layout.place(plan.parameter)[0].device
 
     def _held(self, plan: MatrixPlan, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What this rank contributes: its rows, and of a basis that it keeps whole only its slice of rows."""
+        """What this rank contributes: its rows, of a basis that it keeps whole its slice of rows only, and what there
+        is one of a matrix if it is the first rank that has it.
+        """
         tensors = self._tensors(plan)
         if "row" not in state:
             return {key: torch.zeros(0, kept.width, dtype=kept.dtype) for key, kept in tensors.items()}
         held = {key: state[key] for key in tensors}
         mine = plan.slices[self._rank]
         if not plan.basis_sharded and mine is not None:
-            held.update({key: held[key][slice(*mine)] for key in self._basis_keys(plan)})
+            held.update({key: held[key][slice(*mine)] for key in self._keys(plan, "basis")})
+        if self._givers(plan)[self._rank] is None:
+            held.update({key: held[key][:0] for key in self._keys(plan, "matrix")})
         return held
 
     def _tensors(self, plan: MatrixPlan) -> dict[str, RowTensor]:
         return self._kept_as.tensors(plan.r, plan.dtype)
 
-    def _basis_keys(self, plan: MatrixPlan) -> list[str]:
-        return [key for key, tensor in self._tensors(plan).items() if tensor.axis == "basis"]
+    def _keys(self, plan: MatrixPlan, axis: Axis) -> list[str]:
+        return [key for key, tensor in self._tensors(plan).items() if tensor.axis == axis]
+
+    def _length(self, plan: MatrixPlan, key: str) -> int:
+        return self._kept_as.length(key, plan.r, plan.dtype, plan.long, plan.short)
+
+    def _givers(self, plan: MatrixPlan) -> Spans:
+        """Of what there is one a matrix: in each copy of the model the first rank that computes rows of it."""
+        seen: set[int] = set()
+        found: Spans = [None] * len(plan.copy)
+        for rank in plan.computing:
+            if plan.copy[rank] not in seen:
+                seen.add(plan.copy[rank])
+                found[rank] = (0, 1)
+        return found
 
     def _kept(self, plan: MatrixPlan) -> dict[str, Spans]:
         rows: Spans = [None if share is None else (share.start, share.stop) for share in plan.shares]
-        return {key: list(plan.slices) if kept.axis == "basis" else rows for key, kept in self._tensors(plan).items()}
+        spans = {"rows": rows, "basis": list(plan.slices), "matrix": self._givers(plan)}
+        return {key: spans[kept.axis] for key, kept in self._tensors(plan).items()}
 
     def _wanted(self, plan: MatrixPlan, takers: Sequence[int] | None) -> dict[str, Spans]:
-        lengths = {key: _length(plan, kept) for key, kept in self._tensors(plan).items()}
+        lengths = {key: self._length(plan, key) for key in self._tensors(plan)}
         if takers is None:
             return {key: self._chunks(n) for key, n in lengths.items()}
         return {key: [(0, n) if k in takers else None for k in range(len(plan.copy))] for key, n in lengths.items()}
@@ -247,8 +266,7 @@ class ParameterStates:
         plans = self._plans[parameter]
         first, stacked = plans[0], plans[0].index is not None
         tensors = self._tensors(first)
-        saved = saved_layout({key: value.dtype for key, value in entry.items() if isinstance(value, Tensor)})
-        if saved is not None and (fault := self._kept_as.fault(saved)):
+        if fault := state_fault(self._kept_as, entry):
             return f"{parameter} {first.shape} {fault}"
         missing = [key for key in (*tensors, *NUMBERS) if not isinstance(entry.get(key), Tensor)]
         if missing:
@@ -265,7 +283,7 @@ class ParameterStates:
             if fault := counters_fault(f"{plan.name} {plan.shape}", counters):
                 return fault
         for key, kept in tensors.items():
-            expected = (len(plans),) * stacked + (_length(first, kept), kept.width)
+            expected = (len(plans),) * stacked + (self._length(first, key), kept.width)
             if tuple(entry[key].shape) != expected or entry[key].dtype != kept.dtype:
                 return (
                     f"{key} of {parameter} {first.shape} is {tuple(entry[key].shape)} {entry[key].dtype}, "
@@ -307,16 +325,14 @@ class ParameterStates:
         return states
 
     def _needed(self, plan: MatrixPlan) -> dict[str, Spans]:
-        """Where rows are used: a basis that is not sharded is needed whole."""
+        """Where rows are used: a basis that is not sharded is needed whole, and what there is one of by all."""
         kept = self._kept(plan)
         if not plan.basis_sharded:
             whole: Spans = [None if rows is None else (0, plan.short) for rows in plan.slices]
-            kept.update(dict.fromkeys(self._basis_keys(plan), whole))
+            kept.update(dict.fromkeys(self._keys(plan, "basis"), whole))
+        one: Spans = [None if share is None else (0, 1) for share in plan.shares]
+        kept.update(dict.fromkeys(self._keys(plan, "matrix"), one))
         return kept
-
-
-def _length(plan: MatrixPlan, rows: RowTensor) -> int:
-    return plan.short if rows.axis == "basis" else plan.long
 
 
 def _kind(found: set[bool] | None) -> str:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from ds_lowrank.states.linear import dequantise_linear, quantise_linear
 
 STATE_DTYPES = ("fp32", "bf16", "int8")
 BASIS_DTYPES = ("fp32", "bf16", "int8", "int4")
+
+Axis = Literal["rows", "basis", "matrix"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class RowTensor:
     width: int
     dtype: torch.dtype
     fill: int = 0
-    axis: str = "rows"
+    axis: Axis = "rows"
 
     @cached_property
     def bytes(self) -> int:
@@ -206,19 +208,6 @@ class Formats:
             f"state_dtype {self.state_dtype!r}, basis_dtype {self.basis_dtype!r}: use those that it was saved with"
         )
 
-    def rows(self, r: int, dtype: torch.dtype) -> dict[str, RowTensor]:
-        """Key -> tensor, of all that has rows in the state of a matrix of rank r."""
-        return {
-            **self.exp_avg.rows("exp_avg", r, dtype),
-            **self.exp_avg_sq.rows("exp_avg_sq", r, dtype),
-            **self.basis.rows("basis", r, dtype),
-        }
-
-    def bytes(self, long: int, short: int, r: int, dtype: torch.dtype = torch.float32) -> int:
-        """Of the moments of ``long`` rows and ``short`` rows of the basis."""
-        lengths = {"exp_avg": long, "exp_avg_sq": long, "basis": short}
-        return sum(lengths[tensor.of] * tensor.bytes for tensor in self.rows(r, dtype).values())
-
     def check(self, dtype: torch.dtype, name: str) -> None:
         """Refuse weights that are more precise than a narrow format can be read as.
 
@@ -230,25 +219,3 @@ class Formats:
                 f"{name} is float64, and state_dtype {self.state_dtype!r}, basis_dtype {self.basis_dtype!r} are read "
                 "as float32: use fp32 for both (which keeps float64 for float64 weights), or float32 weights"
             )
-
-
-def saved_formats(tensors: Mapping[str, torch.dtype]) -> tuple[str, str] | None:
-    """``state_dtype`` and ``basis_dtype`` of a saved state, from the dtypes that it has under its keys.
-
-    Returns:
-        ``None``: it is none of this package's.
-    """
-    plain = {torch.float32: "fp32", torch.float64: "fp32", torch.bfloat16: "bf16"}
-    coded = {torch.int8: "int8", torch.uint8: "int4"}
-    state = "int8" if "exp_avg_codes" in tensors else plain.get(tensors.get("exp_avg", torch.bool))
-    if "basis_codes" in tensors:
-        basis = coded.get(tensors["basis_codes"])
-    else:
-        basis = plain.get(tensors.get("basis", torch.bool))
-    return None if state is None or basis is None else (state, basis)
-
-
-# Every key under which some format keeps something that has rows.
-ROW_KEYS = tuple(
-    quantity + suffix for quantity in ("exp_avg", "exp_avg_sq", "basis") for suffix in ("", "_codes", "_scale")
-)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ds_lowrank.states.formats import Format, Formats, Plain, RowTensor
+from ds_lowrank.states.formats import Axis, Format, Formats, Plain, RowTensor
 
-Axis = Literal["rows", "basis", "matrix"]
+__all__ = ["BASIS", "Axis", "Slot", "StateLayout", "declare", "saved_layout"]
 
 
 @dataclass(frozen=True)
@@ -119,18 +119,36 @@ class StateLayout:
     def bytes(self, rows: int, basis: int, r: int, dtype: torch.dtype = torch.float32) -> int:
         """Of a matrix of which a rank keeps ``rows`` rows of A and ``basis`` rows of the basis."""
         lengths = {"rows": rows, "basis": basis, "matrix": int(rows > 0)}
-        return sum(lengths[tensor.axis] * tensor.bytes for tensor in self.tensors(r, dtype).values())
+        return sum(lengths[axis] * count for axis, count in self.row_bytes(r, dtype).items())
+
+    def row_bytes(self, r: int, dtype: torch.dtype = torch.float32) -> dict[Axis, int]:
+        """Bytes of all that is kept of one row of A, of one row of the basis, and once a matrix."""
+        found: dict[Axis, int] = {"rows": 0, "basis": 0, "matrix": 0}
+        for tensor in self.tensors(r, dtype).values():
+            found[tensor.axis] += tensor.bytes
+        return found
+
+    def slot_bytes(self, long: int, short: int, r: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
+        """Slot -> bytes, of a whole matrix of ``long`` rows and ``short`` rows of the basis."""
+        found = dict.fromkeys(self.slots, 0)
+        for key, tensor in self.tensors(r, dtype).items():
+            found[tensor.of] += self.length(key, r, dtype, long, short) * tensor.bytes
+        return found
 
     def length(self, key: str, r: int, dtype: torch.dtype, long: int, short: int) -> int:
-        """Rows of the whole tensor under a key, of a matrix of ``long`` rows and ``short`` rows of the basis."""
+        """Rows of a tensor where ``long`` rows of A and ``short`` rows of the basis are kept: all, or a rank's."""
         return {"rows": long, "basis": short, "matrix": 1}[self.tensors(r, dtype)[key].axis]
 
     def fault(self, saved: StateLayout) -> str | None:
         """What to say of a state that was saved with another layout; ``None``: it is this one."""
         if saved.slots.keys() != self.slots.keys():
+            has = f"was saved with {_listed(saved)}"
+            if saved.slots.keys() < self.slots.keys():  # damaged, perhaps: what is missing comes first
+                lacks = ", ".join(name for name in self.slots if name not in saved.slots)
+                has = f"has no {lacks}: it {has}"
             return (
-                f"was saved with {_listed(saved)}, and the rule and selection of this run keep {_listed(self)}: use "
-                "the rule and selection that it was saved with"
+                f"{has}, and the rule and selection of this run keep {_listed(self)}: use the rule and selection that "
+                "it was saved with"
             )
         if saved.names != self.names:
             return self.formats.differ(*saved.names)
@@ -141,31 +159,35 @@ def saved_layout(dtypes: Mapping[str, torch.dtype]) -> StateLayout | None:
     """The layout of a saved state, from the dtypes that it has under its keys.
 
     Returns:
-        ``None``: it is none of this package's.
+        ``None``: it is none of this package's: it has no slot, or one in a dtype that no format has. A slot of which
+        a part is missing is one all the same.
 
     Raises:
-        ValueError: it keeps something that no registered method does.
+        ValueError: it keeps something that no registered method does; the sentence lacks its subject.
     """
     slots, formats = [], {"state_dtype": "fp32", "basis_dtype": "fp32"}
     plain = {torch.float32: "fp32", torch.float64: "fp32", torch.bfloat16: "bf16"}
-    for slot in _known.values():
+    foreign = [key for key in dtypes if _slot_of(key) not in {*_known, *_TAKEN}]
+    for slot in [_known[name] for name in dict.fromkeys(map(_slot_of, dtypes)) if name in _known]:
         codes = dtypes.get(f"{slot.name}_codes")
-        if slot.name not in dtypes and codes is None:
-            continue
+        is_coded = codes is not None or f"{slot.name}_scale" in dtypes
         slots.append(slot)
         if slot.format != "exact":
             coded = "int4" if slot.format == "basis" and codes == torch.uint8 else "int8"
-            name = coded if codes is not None else plain.get(dtypes[slot.name])
+            name = coded if is_coded else plain.get(dtypes[slot.name])
             if name is None:
                 return None
             formats["basis_dtype" if slot.format == "basis" else "state_dtype"] = name
-    foreign = [key for key in dtypes if key.removesuffix("_codes").removesuffix("_scale") not in {*_known, *_TAKEN}]
     if foreign:
         raise ValueError(
-            f"the state keeps {', '.join(foreign)}, which no registered rule or selection does: import what registers "
-            "it first"
+            f"keeps {', '.join(foreign)}, which no registered rule or selection does: import what registers it first"
         )
-    return StateLayout(slots, Formats(**formats)) if slots else None
+    # A method may keep nothing at all, and still says which directions its basis has.
+    return StateLayout(slots, Formats(**formats)) if slots or "indices" in dtypes else None
+
+
+def _slot_of(key: str) -> str:
+    return key.removesuffix("_codes").removesuffix("_scale")
 
 
 def _listed(layout: StateLayout) -> str:

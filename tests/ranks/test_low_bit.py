@@ -130,8 +130,8 @@ def _bytes(case: Case) -> tuple[int, int]:
     for plan in optimizer.plans:
         share = plan.shares[rank]
         if share is not None:
-            said += optimizer.method.formats.bytes(share.rows, plan.kept(rank), plan.r)
-    keys = optimizer.method.formats.rows(1, torch.float32)
+            said += optimizer.method.states.bytes(share.rows, plan.kept(rank), plan.r)
+    keys = optimizer.method.states.tensors(1, torch.float32)
     states: dict[str, Any] = optimizer.state[STATE_KEY]  # type: ignore[index]
     found = state_bytes({n: {k: s[k] for k in keys if k in s} for n, s in states.items()})
     run.close()

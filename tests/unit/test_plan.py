@@ -22,7 +22,7 @@ from ds_lowrank.layouts import Piece
 from ds_lowrank.layouts.cuts import chunk_piece, flat_pieces, flat_size, slice_piece, sub_groups
 from ds_lowrank.planner import TERMS, advise, plan_memory, plan_setup, read_model
 from ds_lowrank.planner.activations import activations, layer_bytes
-from ds_lowrank.planner.formats import adamw8bit_bytes, rows_bytes
+from ds_lowrank.planner.formats import adamw8bit_bytes
 from ds_lowrank.planner.live import live_elements
 from ds_lowrank.planner.model import Decoder
 from ds_lowrank.planner.setup import MOST_RANKS, Setup
@@ -68,15 +68,9 @@ def test_pieces_by_hand():
     assert sub_groups([3, 3, 3], 4) == [0, 0, 1]
 
 
-def test_formats_by_hand():
-    assert rows_bytes(10, 300, "fp32") == 12000
-    assert rows_bytes(10, 300, "bf16") == 6000
-    assert rows_bytes(10, 300, "int8") == 10 * (300 + 5 * 4)
-    assert rows_bytes(2, 5, "int4") == 2 * (3 + 4)
+def test_bitsandbytes_formats_by_hand():
     assert adamw8bit_bytes(4095) == 8 * 4095
     assert adamw8bit_bytes(4097) == 2 * (4097 + 17 * 4)
-    with pytest.raises(ValueError, match="unknown: use one of fp32"):
-        rows_bytes(1, 1, "fp8")
 
 
 def test_a_layers_activations_by_hand():

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ds_lowrank.methods import saved_layout
+from ds_lowrank.rules.adamw import MOMENTS
 from ds_lowrank.states.blocks import BLOCK, count
 from ds_lowrank.states.dynamic import dequantise, dynamic_map, midpoints, quantise, zero_code
-from ds_lowrank.states.formats import BASIS_DTYPES, STATE_DTYPES, Formats, saved_formats
+from ds_lowrank.states.formats import BASIS_DTYPES, STATE_DTYPES, Formats
+from ds_lowrank.states.layout import BASIS, Slot, StateLayout
 from ds_lowrank.states.linear import dequantise_linear, quantise_linear
 from ds_lowrank.states.packing import pack, unpack
 
@@ -176,8 +179,8 @@ def test_linear_codes_span_the_whole_range(bits):
 def llama_share(state_dtype: str, basis_dtype: str, hidden: int, inner: int) -> float:
     """Of what AdamW keeps in fp32 for the matrices of a layer, at r = h/4."""
     shapes = [(hidden, hidden)] * 4 + [(inner, hidden)] * 3
-    formats = Formats(state_dtype, basis_dtype)
-    ours = sum(formats.bytes(long, short, hidden // 4) for long, short in shapes)
+    kept = StateLayout((*MOMENTS, BASIS), Formats(state_dtype, basis_dtype))
+    ours = sum(kept.bytes(long, short, hidden // 4) for long, short in shapes)
     return ours / sum(8 * long * short for long, short in shapes)
 
 
@@ -190,18 +193,50 @@ def test_shares_of_adamws_state(hidden, inner):
     assert llama_share("int8", "int4", hidden, inner) <= 0.08
 
 
+def dtypes(state_dtype: str, basis_dtype: str) -> dict[str, torch.dtype]:
+    kept = StateLayout((*MOMENTS, BASIS), Formats(state_dtype, basis_dtype))
+    return {key: tensor.dtype for key, tensor in kept.tensors(5, torch.float32).items()}
+
+
+def test_bytes_of_slots_by_hand():
+    """int8: 70 codes and two scales a row; one of width 1 a code and a scale."""
+    one = Slot("one", width=1, format="unsigned")
+    kept = StateLayout((*MOMENTS, one, BASIS, Slot("norm", "matrix", 1, "exact")), Formats("int8", "int4"))
+    assert kept.row_bytes(70) == {"rows": 2 * (70 + 8) + 1 + 4, "basis": 35 + 8, "matrix": 4}
+    assert kept.bytes(10, 6, 70) == 10 * 161 + 6 * 43 + 4
+    assert kept.bytes(0, 0, 70) == 0
+    assert kept.slot_bytes(10, 6, 70) == {"exp_avg": 780, "exp_avg_sq": 780, "one": 50, "basis": 258, "norm": 4}
+    assert kept.row_bytes(70, torch.float64)["matrix"] == 8
+    assert kept.length("exp_avg_scale", 70, torch.float32, 10, 6) == 10
+    assert kept.length("norm", 70, torch.float32, 10, 6) == 1
+
+
+@pytest.mark.parametrize("missing", ["exp_avg", "exp_avg_sq", "basis"])
+def test_a_slot_that_is_missing_is_named(missing):
+    here = StateLayout((*MOMENTS, BASIS), Formats())
+    saved = saved_layout({key: dtype for key, dtype in dtypes("fp32", "fp32").items() if key != missing})
+    assert saved is not None
+    assert here.fault(saved).startswith(f"has no {missing}: it was saved with ")
+    assert here.fault(saved).endswith("use the rule and selection that it was saved with")
+    assert saved.fault(here).startswith("was saved with exp_avg, exp_avg_sq, basis, and the rule and selection of this")
+
+
 def test_formats_are_known_from_what_was_saved():
     for state in STATE_DTYPES:
         for basis in BASIS_DTYPES:
-            rows = Formats(state, basis).rows(5, torch.float32)
-            assert saved_formats({key: tensor.dtype for key, tensor in rows.items()}) == (state, basis)
-    assert saved_formats({"exp_avg": torch.float32, "exp_avg_sq": torch.float32}) is None
-    assert saved_formats({}) is None
+            found = saved_layout(dtypes(state, basis))
+            assert found is not None
+            assert (found.names, list(found.slots)) == ((state, basis), ["exp_avg", "exp_avg_sq", "basis"])
+    without = saved_layout({"exp_avg": torch.float32, "exp_avg_sq": torch.float32})
+    assert without is not None
+    assert list(without.slots) == ["exp_avg", "exp_avg_sq"]
+    assert saved_layout({"basis": torch.float16}) is None
+    assert saved_layout({}) is None
 
 
 def test_keys_of_codes_are_never_keys_of_numbers():
     """torch's checkpoints copy by key: codes of one run would become the moments of another."""
-    assert not set(Formats("int8", "int8").rows(5, torch.float32)) & set(Formats().rows(5, torch.float32))
+    assert not set(dtypes("int8", "int8")) & set(dtypes("fp32", "fp32"))
 
 
 def test_count_of_blocks():
