@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
 from arguments import parse_arguments
-from record import take_up
+from record import compare, take_up
 from resuming import resolve_resume
+from toy_methods import SELECTIONS
 
-from ds_lowrank import manifest
+from ds_lowrank import LowRankConfig, manifest
 
 
 def checkpoint(folder: Path, step: int) -> Path:
@@ -80,3 +82,48 @@ def test_the_checkpoints_rate_stands_before_that_of_the_block(tmp_path, capsys):
     args.override_lr = True
     assert take_up(record, args, block) == {"lr": 0.3, "rank": 4}
     assert take_up({}, args, block) == block
+
+
+def compared(capsys, before: dict, here: dict) -> str:
+    """What is said of other options of the method."""
+    args = SimpleNamespace(resume_from_checkpoint="old", optimizer="lowrank")
+    records = []
+    for options in (before, here):
+        lowrank = {**LowRankConfig().to_dict(), **options}
+        records.append({"arguments": {"optimizer": "lowrank"}, "model": {}, "data": {}, "lowrank": lowrank})
+    for name in [n for n, value in before.items() if value is None]:  # an earlier version's has none
+        del records[0]["lowrank"][name]
+    records[1]["data"]["max_length"] = 8
+    compare(*records, args)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("before", "here", "text"),
+    [
+        ({}, {"selection": SELECTIONS[0]}, "'adamw' and selection 'importance' (exp_avg, exp_avg_sq, basis)"),
+        ({"rule": "toy"}, {}, "rule 'toy' and selection 'importance' (toy_m, toy_v, toy_norm, toy_mean, basis)"),
+        ({"rule": None, "selection": None}, {"rule": "toy"}, "written with rule 'adamw' and selection 'importance'"),
+        ({"rule": "of_nobody"}, {}, "there is no rule 'of_nobody'"),
+    ],
+)
+def test_a_method_that_keeps_something_else_is_refused(capsys, before, here, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        compared(capsys, before, here)
+
+
+def test_a_method_that_keeps_the_same_is_the_command_lines(capsys):
+    said = compared(capsys, {}, {"selection": "random", "selection_options": {"a": 1.0}})
+    assert "--resume: lowrank.selection 'random', and 'importance' before" in said
+    assert "--resume: lowrank.selection_options {'a': 1.0}, and {} before" in said
+    assert compared(capsys, {"rule": None, "rule_options": None}, {}) == ""
+
+
+def test_options_of_methods_are_json(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--report_to", "none", "--rule", "adamw", "--rule_options"]
+    options = parse_arguments([*flags, "{}"])[2]
+    assert (options["rule"], options["rule_options"]) == ("adamw", {})
+    with pytest.raises(ValueError, match="'adamw' has no option 'speed'"):
+        parse_arguments([*flags, '{"speed": 2}'])
+    with pytest.raises(ValueError, match=r"--rule_options 'speed=2' is not JSON"):
+        parse_arguments([*flags, "speed=2"])

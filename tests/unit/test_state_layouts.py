@@ -137,7 +137,7 @@ def test_the_report_and_the_plan_say_what_is_held(tmp_path, selection, formats):
 
 
 def test_a_setup_refuses_what_does_not_go_together():
-    with pytest.raises(ValueError, match="lowrank.rule must be one of adamw"):
+    with pytest.raises(ValueError, match=r"lowrank\.rule must be one of adamw"):
         Setup("one", 1, rule="toy_of_nobody")
     with pytest.raises(ValueError, match="'toy' has no option 'speed'"):
         Setup("one", 1, rule="toy", rule_options={"speed": 2.0})
