@@ -55,15 +55,15 @@ def temporaries(held: Sequence[Holding], *, method: Method, gram_width: int, off
     nothing = torch.zeros(ranks, dtype=torch.int64)
     batches = [[by_name[p.name] for p in batch] for batch in batches_of(h.plan for h in held)]
     moved = [batch for batch in batches if batch[0].plan.shared]
-    alone = (_together(batch, method, offload) for batch in batches if not batch[0].plan.shared)
-    pipeline = _pipeline([_Batch(batch, _together(batch, method, offload)) for batch in moved])
-    step = _most([pipeline, *alone], nothing)
+    alone = (_Batch(batch, method, offload) for batch in batches if not batch[0].plan.shared)
+    pipeline = _pipeline([_Batch(batch, method, offload) for batch in moved])
+    step = _most([pipeline, *(batch.stepping + batch.bases for batch in alone)], nothing)
     refresh = solver = nothing
     for wave in waves_of([h.plan for h in held]):
         due = {p.name for p in wave}
         # What one rank holds alone steps later, with all that is not due.
         parts = [part for batch in moved if (part := [h for h in batch if h.plan.name in due])]
-        stepping = _most((_together(part, method, offload) for part in parts), nothing)
+        stepping = [_Batch(part, method, offload) for part in parts]
         highest, work = _wave([by_name[p.name] for p in wave], stepping, gram_width, method.selection)
         higher = (highest > refresh) | ((highest == refresh) & (work > solver))
         refresh, solver = torch.where(higher, highest, refresh), torch.where(higher, work, solver)
@@ -78,25 +78,43 @@ def _most(numbers: Iterable[Tensor], least: Tensor) -> Tensor:
 
 
 class _Batch:
-    """Bytes of matrices whose rows travel together.
+    """Bytes of matrices whose rows and bases travel together, and that step together.
 
     Attributes:
         buffered: rows of A that are brought here; as many updates leave.
         leaving: what is held here of matrices whose rows move, and so leaves; as many updates arrive.
         handed: weights that are handed round (DDP): this rank's, and everybody's.
-        stepping: what is needed while they step.
+        gathered: of bases that lie in slices, on their way.
+        bases: whole ones, beside what is kept of them.
+        stepping: all their products, what narrow formats are widened to, and of one of them at a time what is widened
+            or brought here some rows at a time.
     """
 
-    def __init__(self, held: Sequence[Holding], stepping: Tensor):
+    def __init__(self, held: Sequence[Holding], method: Method, offload: bool):
         nothing = torch.zeros_like(held[0].rows)
-        self.buffered = self.leaving = nothing
+        self.buffered = self.leaving = self.gathered = self.bases = self.stepping = some = nothing
         for h in held:
-            width = h.plan.dtype.itemsize
+            plan = h.plan
+            width = plan.dtype.itemsize
             self.buffered = self.buffered + h.buffer * width
-            if h.plan.moves:
+            if plan.moves:
                 self.leaving = self.leaving + (h.part - h.view) * width
+            gathered, whole = _basis(plan, method, offload)
+            self.gathered, self.bases = self.gathered + h.computes * gathered, self.bases + h.computes * whole
+            # Narrow slots are widened where they lie. What is refined has a sum ∇Aᵀ R of the rows here, and a part of
+            # that of all.
+            numbers = plan.r + (0 if offload else _widened(method.states, plan.r))
+            self.stepping = self.stepping + h.rows * numbers * width
+            if method.selection.evidence == "sketch":
+                self.stepping = self.stepping + h.computes * (2 * plan.short * plan.r * width)
+            if plan.weight_dtype.itemsize < width:
+                # Gradients are widened for the product, weights for the lift: some rows at a time.
+                rows = h.view.clamp(max=widened_rows(plan.short) * plan.short) * width
+                some = torch.maximum(some, h.computes * rows)
+            if offload:
+                some = torch.maximum(some, h.computes * (2 * h.view * plan.weight_dtype.itemsize))
+        self.stepping = self.stepping + some
         self.handed = _handed(held, nothing)
-        self.stepping = stepping
 
     @property
     def moving(self) -> Tensor:
@@ -117,38 +135,21 @@ def _pipeline(batches: Sequence[_Batch]) -> Tensor:
     """The most that is alive while batches are stepped one after the other; 0 without any."""
     highest = torch.zeros((), dtype=torch.int64)
     for i, batch in enumerate(batches):
-        coming = batches[i + 1].moving if i + 1 < len(batches) else 0
+        coming, before = (batches[i + 1].moving if i + 1 < len(batches) else 0), (batches[i - 1].bases if i else 0)
         left = batches[i - 1].moving + batches[i - 1].handed if i else 0
+        # Bases are there until those of the next batch are joined, which are on their way by then.
+        bases = batch.bases + (batches[i + 1].gathered if i + 1 < len(batches) else 0)
         highest = _most(
             (
-                batch.moving + left,  # its rows are on their way
-                2 * batch.buffered + left,  # and are put together
-                batch.buffered + coming + left + batch.stepping,  # a row block goes as its update comes
-                batch.buffered + batch.moving + coming + left + batch.handed,  # updates leave
+                batch.moving + left + before + batch.gathered,  # its rows are on their way
+                2 * batch.buffered + left + before + batch.gathered,  # and are put together
+                batch.buffered + left + before + batch.gathered + batch.bases,  # its bases are joined
+                batch.buffered + coming + left + bases + batch.stepping,  # a row block goes as its update comes
+                batch.buffered + batch.moving + coming + left + bases + batch.handed,  # updates leave
             ),
             highest,
         )
     return highest
-
-
-def _together(held: Sequence[Holding], method: Method, offload: bool) -> Tensor:
-    """Of matrices that step together: all their products, bases, and what narrow formats are widened to; of one alone
-    what is widened or brought here some rows at a time.
-    """
-    whole = some = torch.zeros_like(held[0].rows)
-    for h in held:
-        plan = h.plan
-        width = plan.dtype.itemsize
-        whole = whole + h.computes * (h.rows * plan.r * width + _basis(plan, method, offload))
-        if not offload:  # narrow slots are widened where they lie
-            whole = whole + h.rows * _widened(method.states, plan.r) * width
-        if plan.weight_dtype.itemsize < width:
-            # Gradients are widened for the product, weights for the lift: some rows at a time.
-            rows = h.view.clamp(max=widened_rows(plan.short) * plan.short) * width
-            some = torch.maximum(some, h.computes * rows)
-        if offload:
-            some = torch.maximum(some, h.computes * (2 * h.view * plan.weight_dtype.itemsize))
-    return whole + some
 
 
 def _widened(kept: StateLayout, r: int) -> int:
@@ -160,26 +161,22 @@ def _widened(kept: StateLayout, r: int) -> int:
     )
 
 
-def _basis(plan: MatrixPlan, method: Method, offload: bool) -> int:
-    """Bytes of a basis beside what is kept of it, on a rank that uses it."""
+def _basis(plan: MatrixPlan, method: Method, offload: bool) -> tuple[int, int]:
+    """Bytes of a basis that is on its way, and of a whole one beside what is kept of it, on a rank that uses it."""
     basis = plan.short * plan.r * plan.dtype.itemsize
     if not method.selection.stored:
-        return basis  # made anew, all of it
+        return 0, basis  # made anew
     stored = method.states.format(BASIS.name)
-    needed = basis if stored.name != "fp32" or offload else 0
     if plan.basis_sharded:
-        gathered = stored.bytes(plan.short, plan.r, plan.dtype)
-        # The basis before is held until this one is joined, and the next is on its way.
-        needed = basis + gathered + basis + gathered
-    if method.selection.evidence == "sketch":
-        needed += 2 * basis  # the sum of ∇Aᵀ R over the rows here, and what of it arrives from others
-    return needed
+        return stored.bytes(plan.short, plan.r, plan.dtype), basis
+    return 0, basis if stored.name != "fp32" or offload else 0
 
 
-def _wave(held: Sequence[Holding], stepping: Tensor, g: int, selection: Selection) -> tuple[Tensor, Tensor]:
-    """A refresh of matrices side by side and their step; of it the solver's workspace."""
-    batch = _Batch(held, stepping)
-    nothing = torch.zeros_like(batch.buffered)
+def _wave(held: Sequence[Holding], parts: Sequence[_Batch], g: int, selection: Selection) -> tuple[Tensor, Tensor]:
+    """A refresh of matrices side by side and their step, part by part; of it the solver's workspace."""
+    nothing = torch.zeros_like(held[0].rows)
+    buffered = sum((part.buffered for part in parts), start=nothing)
+    moving = sum((part.moving for part in parts), start=nothing)
     # Of Grams that all ranks add up those owned here stay, one is on its way and one is computed.
     grams, passing = nothing, nothing
     # Where few ranks share a matrix, and of gathered rows, all parts are made, joined for sending, received, and put
@@ -232,10 +229,14 @@ def _wave(held: Sequence[Holding], stepping: Tensor, g: int, selection: Selectio
     # Eigenvectors, their copy in descending order, a mask of what is finite; the Gram itself is among `grams`.
     deciding = grams + summed + received + framed + 2 * s + largest**2 + solver + (alone > owned) * s
     deciding = deciding * (largest > 0)
-    collecting = torch.maximum(batch.moving, 2 * batch.buffered)
-    after = batch.buffered + torch.maximum(batch.stepping, batch.moving + batch.handed) + batch.buffered
+    collecting = torch.maximum(moving, 2 * buffered)
+    # What is updated takes the place of rows that have gone.
+    after = nothing
+    for part in parts:
+        most = _most([part.gathered, part.moving + part.handed], part.stepping)
+        after = torch.maximum(after, buffered + part.bases + most)
     others = torch.maximum(computing, 2 * bases + 2 * kept + alone_drawn)
-    refreshing = batch.buffered + torch.maximum(deciding + bases, others)
+    refreshing = buffered + torch.maximum(deciding + bases, others)
     highest = torch.maximum(torch.maximum(collecting, after), refreshing)
     at_solver = (highest == refreshing) & (deciding + bases >= others)
     return highest, solver * at_solver
