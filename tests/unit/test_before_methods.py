@@ -11,6 +11,8 @@ import torch
 
 import ds_lowrank
 from ds_lowrank.checkpoint.contents import describe_checkpoint
+from ds_lowrank.checkpoint.opening import check_checkpoint
+from ds_lowrank.states import layout as states_layout
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "before_methods"
 
@@ -69,3 +71,14 @@ def test_what_is_in_them_is_told(layout, formats):
     assert [m["bytes"] for m in facts["matrices"]] == [
         long * rows + short * basis for long, short in ((24, 10), (24, 9), (12, 8), (12, 8), (12, 8))
     ]
+
+
+@pytest.mark.parametrize("layout", ["one", "zero2"])
+def test_where_no_rule_keeps_what_they_have_it_is_said(monkeypatch, layout):
+    known = {name: slot for name, slot in states_layout._known.items() if name != "exp_avg_sq"}
+    check_checkpoint(DATA / f"{layout}-int8")
+    monkeypatch.setattr(states_layout, "_known", known)
+    text = r"\.pt: the state of .* keeps exp_avg_sq_codes, exp_avg_sq_scale, which no registered rule or selection does"
+    for read in (check_checkpoint, describe_checkpoint):
+        with pytest.raises(ValueError, match=text):
+            read(DATA / f"{layout}-int8")
