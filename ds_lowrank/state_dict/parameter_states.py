@@ -150,9 +150,12 @@ class ParameterStates:
                 part = torch.zeros(0, *whole[1:], dtype=kept.dtype, device=device)
             else:
                 part = torch.stack(rows[key]) if stacked else rows[key][0]
-            entry[key] = (
-                part if takers is not None else self._layout.distribute(part, whole, int(stacked and not apart))
-            )
+            if takers is None:
+                placed = self._layout.distribute(part, whole, int(stacked and not apart))
+                if placed is not part and part.storage_offset():  # a DTensor of such a view cannot be deep-copied
+                    placed = self._layout.distribute(part.clone(), whole, int(stacked and not apart))
+                part = placed
+            entry[key] = part
         for place, key in enumerate(NUMBERS):
             dtype = {"indices": torch.int32, "overlaps": torch.float32}.get(key, torch.int64)
             values = [known[p.name][place] for p in plans]
