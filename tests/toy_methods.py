@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_lowrank import LowRankAdamW
-from ds_lowrank.methods import make_method
 from ds_lowrank.rules import Hyper, Rule, Stack, Steps, Update
 from ds_lowrank.rules import register as register_rule
 from ds_lowrank.selections import Basis, Gram, Key, Selection
@@ -91,10 +90,8 @@ def make_optimizer(model: nn.Module, selection: str, rule: str = "toy", **option
     groups: list[dict[str, Any]] = [
         {"params": low, "rank": 3, "stacked": [True if p.ndim > 2 else None for _, p in low]}
     ]
-    optimizer = LowRankAdamW(groups + ([{"params": rest}] if rest else []), lr=0.05, update_proj_gap=2, **options)
-    optimizer.config = optimizer.config.replace(rule=rule, selection=selection)
-    optimizer.method = make_method(optimizer.config)
-    return optimizer
+    given = {"lr": 0.05, "update_proj_gap": 2, "rule": rule, "selection": selection, **options}
+    return LowRankAdamW(groups + ([{"params": rest}] if rest else []), **given)
 
 
 def take(model: nn.Module, optimizer: LowRankAdamW, steps: Iterable[int]) -> None:
