@@ -114,7 +114,7 @@ class Batches:
         if len(here) == 1:
             state = states[here[0].name]
             found: dict[str, Any] = {key: state[key] for key in rows}
-        elif here:
+        elif here and rows:
             found = self._rows_of(here, rows, states)
         else:
             tensors = self._kept.tensors(*kind)
