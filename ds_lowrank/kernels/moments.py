@@ -1,5 +1,5 @@
 """AdamW's arithmetic (Kingma and Ba, arXiv 1412.6980; decoupled decay: 1711.05101) on moments as they are kept: fused
-on a CUDA device, in three passes elsewhere.
+on a CUDA device, by parts of the rows elsewhere.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ds_lowrank.kernels import fused
-from ds_lowrank.states.formats import Formats
+from ds_lowrank.states.dynamic import passes
+from ds_lowrank.states.formats import Dynamic, Formats
 
 
 def kept_direction_(
@@ -36,7 +37,12 @@ def kept_direction_(
     """
     if formats.state_dtype == "fp32" and not gradient.is_cuda:
         return adamw_direction_(gradient, state["exp_avg"], state["exp_avg_sq"], step, betas, eps)
-    direction = fused_direction_ if gradient.dtype == torch.float32 and fused(gradient) else torch_direction_
+    direction = torch_direction_
+    if gradient.dtype == torch.float32:
+        if fused(gradient):
+            direction = fused_direction_
+        elif formats.state_dtype == "int8":
+            direction = parted_direction_
     return direction(formats, state, gradient, step, betas, eps)
 
 
@@ -48,7 +54,7 @@ def torch_direction_(
     betas: tuple[float, float],
     eps: float,
 ) -> Tensor:
-    """Read, step, write: the oracle of :func:`fused_direction_`."""
+    """Read, step, write: the oracle of the two others."""
     r, dtype = gradient.shape[1], gradient.dtype
     exp_avg = formats.exp_avg.read(state, "exp_avg", r, dtype)
     exp_avg_sq = formats.exp_avg_sq.read(state, "exp_avg_sq", r, dtype)
@@ -56,6 +62,37 @@ def torch_direction_(
     formats.exp_avg.write_(state, "exp_avg", exp_avg)
     formats.exp_avg_sq.write_(state, "exp_avg_sq", exp_avg_sq)
     return direction
+
+
+def parted_direction_(
+    formats: Formats,
+    state: MutableMapping[str, Any],
+    gradient: Tensor,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+) -> Tensor:
+    """The same for int8, bit by bit, some rows at a time: what is read of a part is in the cache until it is written.
+
+    ``gradient`` is float32. Two moments are never widened whole.
+    """
+    kept = [
+        (form.signed, *(state[key] for key in form.keys(quantity)))
+        for form, quantity in ((formats.exp_avg, "exp_avg"), (formats.exp_avg_sq, "exp_avg_sq"))
+        if isinstance(form, Dynamic)
+    ]
+    wide: list[Tensor] = []
+    for rows, work in passes(gradient):
+        part = gradient[rows]
+        wide = wide or [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in kept]
+        moments = [moment[: len(part)] for moment in wide]
+        for moment, (signed, codes, scales) in zip(moments, kept):
+            work.decode_(codes[rows], scales[rows], moment, signed)
+        exp_avg, exp_avg_sq = moments
+        adamw_direction_(part, exp_avg, exp_avg_sq, step, betas, eps)
+        for moment, (signed, codes, scales) in zip(moments, kept):
+            work.encode_(moment, codes[rows], scales[rows], signed)
+    return gradient
 
 
 def fused_direction_(

@@ -6,6 +6,8 @@ how many ranks there are, and rows move from one to another as they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,26 @@ def count(r: int, block: int = BLOCK) -> int:
     return -(-r // block)
 
 
+def cut(x: Tensor, scales: Tensor, block: int = BLOCK) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks and their scales, such that the one is multiplied or divided by the other: views.
+
+    Args:
+        x: rows × r.
+        scales: rows × ⌈r / block⌉.
+        block: numbers a block.
+
+    Yields:
+        All whole blocks: rows × n × block and rows × n × 1. Then the rows' short ones, where they have one: rows × 1 ×
+        what is left of r, and rows × 1 × 1.
+    """
+    r = x.shape[1]
+    whole = r // block
+    if whole:
+        yield x[:, : whole * block].unflatten(1, (whole, block)), scales[:, :whole, None]
+    if r % block:
+        yield x[:, None, whole * block :], scales[:, whole:, None]
+
+
 def largest(x: Tensor, block: int = BLOCK) -> Tensor:
     """Largest absolute value of every block.
 
@@ -29,12 +51,22 @@ def largest(x: Tensor, block: int = BLOCK) -> Tensor:
     Returns:
         rows × ⌈r / block⌉, the dtype of ``x``. NaN where a block holds a NaN.
     """
+    scales = x.new_empty(x.shape[0], count(x.shape[1], block))
+    for blocks, tops in cut(x, scales, block):
+        torch.amax(blocks.abs(), -1, keepdim=True, out=tops)
+    return scales
+
+
+# Numbers that are worked on at once on a CPU, a thread: what one pass leaves is in a cache for the next, and a pass is
+# long beside what it takes to call it. Elsewhere only what is held for a moment is bounded.
+PART = 1 << 16
+_PART_ELSEWHERE = 1 << 22
+
+
+def parts(x: Tensor) -> Iterator[slice]:
+    """Slices of the rows of a matrix that are worked on one after the other; none is longer than the first."""
     rows, r = x.shape
-    missing = count(r, block) * block - r
-    padded = torch.nn.functional.pad(x, (0, missing)) if missing else x
-    return padded.reshape(rows, -1, block).abs().amax(-1) if rows else x.new_zeros(0, count(r, block))
-
-
-def expand(scales: Tensor, r: int, block: int = BLOCK) -> Tensor:
-    """Every number's scale: rows × ⌈r / block⌉ -> rows × r."""
-    return scales.repeat_interleave(block, dim=1)[:, :r]
+    most = PART * torch.get_num_threads() if x.device.type == "cpu" else _PART_ELSEWHERE
+    number = max(1, -(-rows // max(1, most // max(1, r))))
+    step = max(1, -(-rows // number))
+    return (slice(at, min(rows, at + step)) for at in range(0, rows, step))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_lowrank.states.blocks import BLOCK, expand, largest
+from ds_lowrank.states.blocks import BLOCK, cut, largest
 
 
 def quantise_linear(x: Tensor, bits: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,10 @@ def quantise_linear(x: Tensor, bits: int, block: int = BLOCK) -> tuple[Tensor, T
     """
     top = 2 ** (bits - 1) - 1
     scales = largest(x, block) / top
-    unit = x / expand(torch.where(scales > 0, scales, 1.0), x.shape[1], block)
+    unit = torch.empty_like(x)
+    divisors = torch.where(scales > 0, scales, 1.0)
+    for (blocks, divisor), (out, _) in zip(cut(x, divisors, block), cut(unit, divisors, block)):
+        torch.div(blocks, divisor, out=out)
     codes = unit.round_().nan_to_num_(0.0).clamp_(-top, top)
     if bits == 8:
         return codes.to(torch.int8), scales
@@ -48,4 +51,7 @@ def dequantise_linear(codes: Tensor, scales: Tensor, bits: int, r: int, block: i
     """
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, :r].to(torch.int8) - 8
-    return codes.float() * expand(scales, r, block)
+    values = codes.float()
+    for blocks, scale in cut(values, scales, block):
+        blocks.mul_(scale)
+    return values

@@ -9,17 +9,20 @@ import torch
 from tracker import Tracker
 
 import ds_lowrank
+from ds_lowrank.states import blocks
 
 SHAPES = {"tall": (6000, 128), "wide": (128, 6000), "square": (300, 300)}
 SMALL = 16384  # counters, indices, random numbers of a draw
 
 
-def peak(shape: tuple[int, int], rank: int, gap: int, dtype: torch.dtype, gram_dtype: str = "float32") -> int:
+def peak(
+    shape: tuple[int, int], rank: int, gap: int, dtype: torch.dtype, gram_dtype: str = "float32", **formats
+) -> int:
     """Most bytes alive during the third step beyond what there is before it."""
     with Tracker() as tracker:
         weight = torch.nn.Parameter(torch.randn(shape).to(dtype))
         group = {"params": [("w", weight)], "rank": rank, "update_proj_gap": gap}
-        optimizer = ds_lowrank.LowRankAdamW([group], gram_dtype=gram_dtype)
+        optimizer = ds_lowrank.LowRankAdamW([group], gram_dtype=gram_dtype, **formats)
         for _ in range(3):
             weight.grad = torch.randn(shape).to(dtype)
             gc.collect()
@@ -45,3 +48,13 @@ def test_a_refresh_holds_four_grams(shape, gram_dtype):
     square = min(SHAPES[shape]) ** 2 * (4 if gram_dtype == "float32" else 8)
     found = peak(SHAPES[shape], 8, 1, torch.float32, gram_dtype)
     assert 2 * square <= found <= 4 * square + SMALL
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_moments_are_widened_some_rows_at_a_time(shape, monkeypatch):
+    """Two of them, a quotient, an index of 8 bytes and what is found there."""
+    monkeypatch.setattr(blocks, "PART", 1 << 11)
+    part = (1 << 11) * torch.get_num_threads() * (2 * 4 + 4 + 8 + 4)
+    projection = 4 * max(SHAPES[shape]) * 64
+    found = peak(SHAPES[shape], 64, 100, torch.float32, state_dtype="int8")
+    assert projection < found <= projection + part + SMALL
