@@ -6,8 +6,8 @@ One decoder layer's matrices with random gradients. The optimizers take turns wi
 moment of the machine hits all of them; medians over repetitions. ``step_ms`` is an ordinary step, ``refresh_ms`` one
 in which every matrix refreshes. Ratios are to AdamW (foreach), ``fused_ratio`` is to AdamW (fused); ``gemm_ratio`` is
 the step over its own two matrix products alone (project, lift); ``vs_galore`` columns are galore-torch's time over
-ours. The rows of single matrices are there because what a refresh gains depends on the shape. Off a GPU the int8
-moments are computed by the kernels' twins in torch, which are not made to be fast.
+ours. The rows of single matrices are there because what a refresh gains depends on the shape. What
+narrow states cost on a CPU is in ``low_bit_step.py``.
 """
 
 from __future__ import annotations

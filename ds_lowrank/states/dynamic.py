@@ -50,8 +50,9 @@ def _steps(signed: bool, device: torch.device | str = "cpu") -> Tensor:
     """A table in the place of a search: codes of all float32 numbers by their upper 16 bits: 65536, int32.
 
     Numbers with the same upper half, a cell, are so close that at most one midpoint is among them: the lower half
-    decides. For the bits b of a number and its cell's entry t the code is |(t − b) >> 16|, modulo 256: t − b counts
-    down from a multiple of 2¹⁶, and has as far to go to the next as there is from the number to the midpoint.
+    decides. For the bits b of a number and its cell's entry t the code is |(t − b) >> 16|: t − b counts down from a
+    multiple of 2¹⁶, and has as far to go to the next as there is from the number to the midpoint. (The cell of -inf has
+    NaNs in it, which no division gives.)
     """
     first = (torch.arange(1 << 16) << 16).to(torch.int32)
 
@@ -69,7 +70,6 @@ def _steps(signed: bool, device: torch.device | str = "cpu") -> Tensor:
     count_down = torch.where(first < 0, code, -code)
     if not signed:  # zero, and what is just above it
         below[0] = 0
-    below[0xFF80], count_down[0xFF80] = 0, 256  # -inf, 0 modulo 256, and NaN, 255
     return ((count_down << 16) + below + first).to(device)
 
 

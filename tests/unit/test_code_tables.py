@@ -95,7 +95,7 @@ def test_in_every_cell_of_the_table_and_at_every_midpoint(signed):
 def test_a_second_moment_that_vanishes_beside_its_scale_is_not_zero():
     x = torch.zeros(3, 70)
     x[:, 0], x[:, 1], x[2, 69] = 1e-45, LARGEST, 1e-45
-    x[1, 2] = float("nan")  # of another block of the part, whose scale has no order then
+    x[1, 2] = float("nan")  # in another block of the part
     assert x[0, 0] / x[0, 1] == 0
     assert_as_searched(x, signed=False)
     assert quantise(x, signed=False)[0][0, 0] == 1
