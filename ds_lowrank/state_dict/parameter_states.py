@@ -151,10 +151,9 @@ class ParameterStates:
             else:
                 part = torch.stack(rows[key]) if stacked else rows[key][0]
             if takers is None:
-                placed = self._layout.distribute(part, whole, int(stacked and not apart))
-                if placed is not part and part.storage_offset():  # a DTensor of such a view cannot be deep-copied
-                    placed = self._layout.distribute(part.clone(), whole, int(stacked and not apart))
-                part = placed
+                if self._layout.shard_dim(parameter) is not None and part.storage_offset():
+                    part = part.clone()  # a DTensor of such a view cannot be deep-copied
+                part = self._layout.distribute(part, whole, int(stacked and not apart))
             entry[key] = part
         for place, key in enumerate(NUMBERS):
             dtype = {"indices": torch.int32, "overlaps": torch.float32}.get(key, torch.int64)

@@ -133,7 +133,7 @@ def test_reported_bytes_are_the_bytes_that_are_held(layout, ranks, settings):
         run = Run(case)
         run.step()
         here, optimizer = run.layout.ranks.rank, run.optimizer
-        said = sum(optimizer.formats.bytes(p.rows_of(here), p.kept(here), p.r) for p in optimizer.plans)
+        said = sum(optimizer.method.states.bytes(p.rows_of(here), p.kept(here), p.r) for p in optimizer.plans)
         told = {"step", "refreshes", "indices", "overlaps", "left", "row", "basis_row"}
         return said, state_bytes({n: {k: v for k, v in s.items() if k not in told} for n, s in run.states().items()})
 
