@@ -138,7 +138,7 @@ class Refresher:
             )
 
     def _tell(self, plans: Sequence[MatrixPlan], drawn: Mapping[str, Basis | None]) -> dict[str, Tensor]:
-        """Owners tell every rank what they decided: name -> indices, of the matrices that have a new basis."""
+        """Owners tell every rank their verdicts: name -> indices, of the matrices that have a new basis."""
         if not plans:
             return {}
         everyone = range(self._comm.ranks.size)

@@ -233,9 +233,10 @@ def test_grams_of_kept_moments_is_that_of_read_ones(state_dtype):
 # Selections
 
 
-def refined(kept: dict, basis: torch.Tensor, sketch: Sketch, step: int, **options: float) -> torch.Tensor:
+def refined(kept: dict, basis: torch.Tensor, sketch: Sketch, step: int, **group: float) -> torch.Tensor:
     selection = SELECTIONS.make("online_pca")
-    return selection.refine(basis, sketch, kept, step, {**selection.options, **options})
+    given = {**SETTINGS, "lr": 0.001, "weight_decay": 0.0, **group}
+    return selection.refine(basis, sketch, kept, Hyper(**given, scale=0.7, step=step, options=selection.options))
 
 
 def sketch_of(gradient: torch.Tensor, basis: torch.Tensor, rows: slice = slice(None)) -> Sketch:
@@ -301,7 +302,7 @@ def test_online_pca_finds_the_subspace_of_a_gradient():
     assert torch.allclose(basis.mT @ basis, torch.eye(RANK, dtype=torch.float64))
     kept = moments_of(basis)
     for step in range(600):
-        basis = refined(kept, basis, sketch_of(gradient, basis), step + 1, lr=0.01)
+        basis = refined(kept, basis, sketch_of(gradient, basis), step + 1, lr=0.002)
     q = torch.linalg.qr(basis).Q
     assert float((gradient @ q).square().sum() / gradient.square().sum()) > 0.999
     assert torch.allclose(basis.mT @ basis, torch.eye(RANK, dtype=torch.float64), atol=0.05)
