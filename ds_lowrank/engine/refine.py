@@ -100,7 +100,10 @@ class Refiner:
             kept = plan.slices[self._rank] if plan.basis_sharded else (0, plan.short)
             assert kept is not None
             sketch = Sketch(sketched[plan.name], part[:-1].view(plan.r, plan.r), whole.mT @ whole, part[-1])
-            opened = {slot.name: layout.read(state, slot.name, plan.r, plan.dtype) for slot in selection.slots}
+            opened = {
+                slot.name: layout.read(state, slot.name, plan.r, plan.dtype).to(self._device)  # may be offloaded
+                for slot in selection.slots
+            }
             rows = selection.refine(whole[slice(*kept)].clone(), sketch, opened, own)
             layout.write_(state, "basis", rows)
             for name, value in opened.items():

@@ -87,7 +87,7 @@ class Refresher:
         start = time.perf_counter()
         shared = [p for p in plans if p.shared]
         local = [p for p in plans if not p.shared]
-        fresh: dict[str, Tensor | None]  # name -> indices of the new basis, where this rank knows of one
+        fresh: dict[str, Tensor | None]  # name -> indices of a new basis; None: of no gradient's directions
         if self._method.selection.evidence == "gram":
             totals = self._evidence.shared(shared, rows)
             drawn = {p.name: self._decompose(p, self._evidence.local(p, rows), states[p.name]) for p in local}
@@ -184,8 +184,9 @@ class Refresher:
                     self._format.put_(state, "basis", stored[plan.name])
         for plan in plans:
             state, indices = states[plan.name], fresh[plan.name]
-            if "indices" in state and indices is not None:
-                tensor_of(state, "indices").copy_(indices)
+            if "indices" in state:
+                known = tensor_of(state, "indices")
+                known.fill_(-1) if indices is None else known.copy_(indices)
             state["refreshes"] = number_of(state, "refreshes") + 1
             self.stats.refreshed += plan.owner == self._rank
 

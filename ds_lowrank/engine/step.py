@@ -312,8 +312,12 @@ class LowRankStep:
         if here and kept:
             home = next(iter(kept.values())).device
             r = r if r.device == home else r.to(home)
+        elif kept:  # of no row there are no states, and so no home
+            kept = {key: tensor.to(r.device) for key, tensor in kept.items()}
         if rule.kept_step is not None:
-            return rule.kept_step(layout.formats, kept, r, hyper)
+            update = rule.kept_step(layout.formats, kept, r, hyper)
+            self._batches.put(run, states, kept)
+            return update
         blocks = [[b.to(r.device) for b in rows.get(p.name, ())] for p in run] if rule.reads_gradient else []
         whole = [None if basis is None else basis.to(r.device) for basis in (bases[p.name] for p in run)]
         opened = {slot.name: layout.read(kept, slot.name, r.shape[1], r.dtype) for slot in rule.slots}
@@ -330,8 +334,9 @@ class LowRankStep:
             partial = next(steps)
             while True:
                 total = partial
-                if shared:
-                    total = self._comm.all_reduce(partial.to(self._device).contiguous(), "sums of a rule").wait()
+                if shared:  # of a copy: what a rule has yielded stays its own
+                    mine = partial.to(self._device, copy=True).contiguous()
+                    total = self._comm.all_reduce(mine, "sums of a rule").wait()
                 partial = steps.send(total.to(partial.device))
         except StopIteration as stop:
             return stop.value

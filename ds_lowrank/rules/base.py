@@ -135,6 +135,11 @@ class Rule:
     lifts: ClassVar[bool] = True
     needs_orthonormal: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        """Who steps in another way than what it is made of does not inherit that one's ``kept_step``."""
+        if "step" in cls.__dict__ and "kept_step" not in cls.__dict__:
+            cls.kept_step = None
+
     def check(self, options: Mapping[str, float]) -> None:
         """Refuse values of its own options.
 

@@ -40,6 +40,17 @@ class OnlinePCA(Selection):
         "eps": 1e-8,
     }
 
+    def check(self, options: Mapping[str, float]) -> None:  # noqa: D102
+        for name, least, below in (
+            *(("lr_factor", 0.0, math.inf), ("penalty", 0.0, math.inf), ("eps", 0.0, math.inf)),
+            *(("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0)),
+        ):
+            if not least <= options[name] < below:
+                raise ValueError(
+                    f"lowrank.selection_options[{name!r}] must be at least {least:g} and less than {below:g}, got "
+                    f"{options[name]!r}"
+                )
+
     def draw(  # noqa: D102
         self, key: Key, short: int, r: int, dtype: torch.dtype, device: torch.device, gram: Gram | None = None
     ) -> Basis:
