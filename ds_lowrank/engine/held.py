@@ -27,8 +27,8 @@ class Held:
         # Of the rows of A that lie where they are computed: shape, strides, and where they begin in the piece.
         self._tall: dict[str, tuple[tuple[int, int], tuple[int, int], int] | None] = {}
 
-    def begin(self) -> None:
-        """Forget a step that failed."""
+    def forget(self) -> None:
+        """Let go of what one step holds: at its end, and where one has failed at the beginning of the next."""
         self._weights.clear()
         self._missing.clear()
 

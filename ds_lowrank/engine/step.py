@@ -78,7 +78,7 @@ class LowRankStep:
             states: name -> state, see :class:`ds_lowrank.engine.state.NewStates`.
             groups: their hyper-parameters: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``.
         """
-        self._held.begin()
+        self._held.forget()
         # On one process and under DDP, which gives all ranks the same gradients, a missing one means no step, as in
         # torch's optimizers. Where a model is sharded it counts as zero, as DeepSpeed delivers it: ranks may differ in
         # what has one, and the collectives must not.
@@ -95,6 +95,7 @@ class LowRankStep:
             plans = [p for p in plans if p.name not in done]
         # A matrix whose gradient has always been zero has no basis: no step.
         self._step_batches([p for p in plans if states[p.name]["refreshes"]], states, groups)
+        self._held.forget()
 
     def accumulate(self, plans: Sequence[MatrixPlan], states: States) -> None:
         """Project the gradients of a micro-step and add them to what the next step uses instead of a gradient.

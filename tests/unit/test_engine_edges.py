@@ -160,3 +160,15 @@ def test_which_gradients_are_zero_or_not_finite_is_seen_in_rows_of_any_strides(d
 def test_options_of_online_pca_are_in_their_range(option, value):
     with pytest.raises(ValueError, match=rf"selection_options\['{option}'\] must be at least 0"):
         make_method(LowRankConfig(rank=4, selection="online_pca", selection_options={option: value}))
+
+
+def test_zeros_in_the_place_of_a_missing_gradient_go_with_the_step(monkeypatch):
+    weights = weights_of()
+    optimizer = optimizer_of(weights)
+    take(optimizer, weights, range(1))
+    stepper: Any = optimizer._stepper
+    made = []
+    monkeypatch.setattr(stepper, "_step_batches", lambda plans, *_: made.extend(map(stepper._held.missing_rows, plans)))
+    take(optimizer, weights, range(1, 2))
+    assert len(made) == 3
+    assert stepper._held._missing == {}
