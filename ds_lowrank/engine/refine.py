@@ -20,6 +20,7 @@ from ds_lowrank.methods import Method
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.rules import Hyper
 from ds_lowrank.selections import Sketch
+from ds_lowrank.subspace.project import widened_rows
 
 
 @dataclass
@@ -78,10 +79,11 @@ class Refiner:
                 sketch = sketches[plan.name] = product.new_zeros(plan.short, plan.r)
                 at = 0
                 for block in rows[plan.name]:
-                    wide = block.to(self._device, product.dtype)
-                    sketch.addmm_(wide.mT, product[at : at + len(block)])
-                    part[-1] += wide.square().sum()
-                    at += len(block)
+                    here = block.to(self._device)
+                    for some in here.split(widened_rows(plan.short)) if here.dtype != product.dtype else (here,):
+                        sketch.addmm_(some.to(product.dtype).mT, product[at : at + len(some)])
+                        at += len(some)
+                    part[-1] += torch.linalg.vector_norm(here, dtype=product.dtype).square()
                 part[:-1].view(plan.r, plan.r).copy_(product.mT @ product)
         if not first.shared:
             return Refining(plans, bases, Pending(lambda: sketches), Pending(lambda: sums))

@@ -103,7 +103,7 @@ class _Batch:
             self.gathered, self.bases = self.gathered + h.computes * gathered, self.bases + h.computes * whole
             # Narrow slots are widened where they lie. What is refined has a sum ∇Aᵀ R of the rows here, and a part of
             # that of all.
-            numbers = plan.r + (0 if offload else _widened(method.states, plan.r))
+            numbers = plan.r * (1 + method.rule.copies) + (0 if offload else _widened(method.states, plan.r))
             self.stepping = self.stepping + h.rows * numbers * width
             if method.selection.evidence == "sketch":
                 self.stepping = self.stepping + h.computes * (2 * plan.short * plan.r * width)

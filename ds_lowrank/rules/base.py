@@ -126,6 +126,7 @@ class Rule:
             Layouts that bring rows to where they are computed hold them a little longer then.
         lifts: whether it ever returns ``low``.
         needs_orthonormal: whether it is right for orthonormal bases only.
+        copies: how many tensors of R's size its step makes beside R, for the plan of memory.
     """
 
     name: ClassVar[str]
@@ -134,6 +135,7 @@ class Rule:
     reads_gradient: ClassVar[bool] = False
     lifts: ClassVar[bool] = True
     needs_orthonormal: ClassVar[bool] = False
+    copies: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:
         """Who steps in another way than what it is made of does not inherit that one's ``kept_step``."""

@@ -28,6 +28,7 @@ class Fira(Rule):
     options: ClassVar[Mapping[str, float]] = {"limiter": 1.01}
     reads_gradient = True
     needs_orthonormal = True
+    copies = 1
 
     def check(self, options: Mapping[str, float]) -> None:  # noqa: D102
         check_limiter(options)

@@ -24,6 +24,7 @@ class Grams(Rule):
 
     name = "grams"
     slots = MOMENTS
+    copies = 1
     kept_step = staticmethod(_kept_step)
 
     def step(self, r: Tensor, state: MutableMapping[str, Tensor], hyper: Hyper, stack: Stack) -> Update:  # noqa: D102
