@@ -59,6 +59,6 @@ def test_ranks_end_with_0_when_gloo_is_late():
     for one in sockets:
         one.close()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(Path(ds_lowrank.__file__).parent), *ports]
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(Path(ds_lowrank.__file__).parent / "comm"), *ports]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.strip() == str([0] * 2 * ROUNDS), done.stderr[-3000:]
