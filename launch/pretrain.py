@@ -41,6 +41,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
 
 import ds_lowrank
+from ds_lowrank.comm.gloo import await_gloo
 from ds_lowrank.integrations.full_disk import say_last
 from ds_lowrank.integrations.transformers import check_layerwise
 from ds_lowrank.layouts import whole_shape
@@ -75,6 +76,9 @@ def main(argv: list[str]) -> int:
         return 1
     # A launcher ends all ranks after the first.
     trainer.accelerator.wait_for_everyone()
+    # Gloo's thread may not have let go of the barrier yet, for which it needs the interpreter. A destroyed group lives
+    # as long as DDP's reducer, which at this function's end keeps the interpreter and joins the thread.
+    await_gloo()
     trainer.accelerator.end_training()
     return ds_lowrank.PREEMPTED_EXIT_CODE if trainer.checkpoints.preempted else 0
 
