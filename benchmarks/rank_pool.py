@@ -5,6 +5,7 @@ A failing rank's traceback reaches the caller; a rank that hangs is given up aft
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -149,6 +150,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, timeout: float, th
 
     logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo", timeout=timedelta(seconds=timeout), verbose=False)
+    gc.freeze()  # DeepSpeed collects garbage whenever an engine is made and destroyed
     while True:
         try:
             function, args, kwargs = pipe.recv()
