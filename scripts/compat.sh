@@ -28,6 +28,7 @@ newest     new     new      new
 # Every layout against the reference, freely and at real sizes, and what touches torch's, DeepSpeed's and transformers' own.
 # The other rank tests are of arithmetic that does not know the frameworks, and CI's affair.
 every="
+tests/ranks/test_framework_pieces.py
 tests/ranks/test_layouts.py::test_a_free_running_trajectory_is_the_same_everywhere
 tests/ranks/test_layouts.py::test_llama_sized_matrices
 tests/ranks/test_resume.py::test_other_ranks_and_layouts_go_on_with_the_same_state
@@ -75,7 +76,8 @@ run_row() {
   fi
   [ -n "${TESTS:-}" ] || rm -f "$results/$name.failed"
   if [ -z "$outcome" ]; then
-    PATH="$PWD/$venv/bin:$PATH" "$python" -m pytest ${TESTS:-$every} -p no:cacheprovider --durations=25 >"$tests" 2>&1
+    PATH="$PWD/$venv/bin:$PATH" "$python" -m pytest ${TESTS:-$every} -m "slow or not slow" -p no:cacheprovider \
+      --durations=25 >"$tests" 2>&1
     outcome="$(grep -E '^[=]* ?[0-9]+ (passed|failed)|[0-9]+ error' "$tests" | tail -n 1 | tr -d '=' \
       | sed 's/, [0-9]* warnings\?//; s/ in [0-9.]*s.*//; s/^ *//; s/ *$//')"
     # A part of the tests says nothing of a row.

@@ -25,6 +25,7 @@ def test_one_process(tmp_path, kind):
 
 
 @pytest.mark.launcher
+@pytest.mark.slow
 def test_zero2_on_two_ranks(tmp_path):
     kinds = [kind for kind in KINDS if HAS_TRL or kind not in TRL]
     launch(tmp_path, "deepspeed", str(tmp_path), *config("zero2"), "--kinds", *kinds, script=SCRIPT)
@@ -35,6 +36,7 @@ def test_zero2_on_two_ranks(tmp_path):
 
 
 @pytest.mark.launcher
+@pytest.mark.slow
 def test_a_model_that_stage_3_partitions_as_it_is_loaded(tmp_path):
     """Nobody calls deepspeed.init_distributed(): zero.Init would count one rank on a CPU."""
     launch(tmp_path, "deepspeed", str(tmp_path), *config("zero3"), "--kinds", "trainer", script=SCRIPT)

@@ -57,6 +57,7 @@ def preempted(workplace):
 
 
 @pytest.mark.launcher
+@pytest.mark.slow
 def test_sigterm_to_one_rank_ends_all_with_a_checkpoint_and_a_code(preempted):
     run, codes, printed = preempted
     assert codes == [PREEMPTED_EXIT_CODE] * 2, printed
@@ -73,6 +74,7 @@ def test_sigterm_to_one_rank_ends_all_with_a_checkpoint_and_a_code(preempted):
 
 
 @pytest.mark.launcher
+@pytest.mark.slow
 def test_killed_in_a_save_and_in_a_step_it_ends_where_an_undisturbed_run_ends(preempted, workplace):
     run, _, _ = preempted
     begin = newest_step(run.output)

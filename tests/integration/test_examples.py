@@ -15,7 +15,7 @@ from launching import ROOT
 from rank_pool import free_port
 
 EXAMPLES = ROOT / "launch" / "examples"
-pytestmark = pytest.mark.launcher
+pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 
 
 def run(*command: str) -> str:
@@ -53,7 +53,7 @@ def test_a_loop_under_fsdp2_goes_on_where_it_stopped(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("devices", [1, 2])
 def test_lightning_saves_and_restores_the_states_of_all_ranks(tmp_path, devices):
     def train(steps: int, *more: str) -> dict:
         script = [sys.executable, str(EXAMPLES / "lightning_module.py"), "--devices", str(devices)]

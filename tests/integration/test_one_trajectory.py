@@ -1,4 +1,4 @@
-"""launch/pretrain.py by every launcher and configuration: the weights that ZeRO-2 ends with.
+"""launch/pretrain.py by every launcher and configuration: the weights that ZeRO-2 ends with. One of each is not slow.
 
 Same seed, data and global batches; only who holds what differs. zero1.json is started by test_pretrain.py.
 """
@@ -12,6 +12,7 @@ import pytest
 import torch
 from launching import EIGHT_STEPS, FSDP_ON_CPU, PRETRAIN, ROOT, config, flags, launch
 from safetensors.torch import load_file
+from tiers import slow_except
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 pytestmark = pytest.mark.launcher
@@ -63,10 +64,7 @@ def same_end(folder, reference):
     assert all(torch.equal(loaded[name], weight) for name, weight in here.items())
 
 
-SLOW = ("zero2_offload", "fsdp2", "accelerate_zero3", "accelerate_fsdp2")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in RUNS])
+@pytest.mark.parametrize("name", slow_except(["fsdp2", "ddp"], RUNS))
 def test_every_layout_ends_where_zero2_ends(run, zero2_run, name):
     folder, printed = run(name)
     assert f"layout: {RUNS[name][2]}" in printed
@@ -85,7 +83,8 @@ def test_one_process_ends_where_zero2_ends(workplace, zero2_run, capfd):
     same_end(workplace / "one", zero2_run[0])
 
 
-@pytest.mark.parametrize("name", ["zero3", *[pytest.param(n, marks=pytest.mark.slow) for n in ("fsdp2", "ddp")]])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "fsdp2", "ddp"])
 def test_a_resumed_run_ends_bit_by_bit_where_it_would_have(run, workplace, name):
     whole, _ = run(name)
     printed = resumed(workplace, name, f"{name}_again", whole / "checkpoint-4")
@@ -93,6 +92,7 @@ def test_a_resumed_run_ends_bit_by_bit_where_it_would_have(run, workplace, name)
     same_weights(workplace / f"{name}_again", whole)
 
 
+@pytest.mark.slow
 def test_one_run_moves_from_zero2_to_fsdp2_to_zero3(workplace, zero2_run):
     """And FSDP2's sharded checkpoints, on the way, are native to it."""
     sharded = {**json.loads((CONFIGS / "fsdp2.json").read_text()), "state_dict_type": "SHARDED_STATE_DICT"}
@@ -112,6 +112,7 @@ def test_one_run_moves_from_zero2_to_fsdp2_to_zero3(workplace, zero2_run):
     same_end(workplace / "moved_to_zero3", zero2_run[0])
 
 
+@pytest.mark.slow
 def test_a_run_of_two_zero3_ranks_goes_on_in_one_process(run, workplace, zero2_run, capfd):
     options = {**EIGHT_STEPS, "batch_size": 2 * EIGHT_STEPS["batch_size"]}
     options["resume_from_checkpoint"] = run("zero3")[0] / "checkpoint-4"

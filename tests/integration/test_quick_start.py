@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ds_lowrank import manifest
 
 PAGE = ROOT / "docs" / "quick_start.md"
-pytestmark = pytest.mark.launcher
+pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 
 
 @pytest.mark.timeout(1200)  # two minutes on two idle cores, which are not always idle

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ds_lowrank import manifest
 
-pytestmark = pytest.mark.launcher
+pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 BROKEN = "corpus-train-00001-of-00004.json.gz"
 
 

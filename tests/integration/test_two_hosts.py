@@ -29,7 +29,11 @@ def _why_not() -> str | None:
 
 
 WHY_NOT = _why_not()
-pytestmark = [pytest.mark.launcher, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+pytestmark = [
+    pytest.mark.launcher,
+    pytest.mark.slow,
+    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
+]
 
 
 def ip(*arguments: str) -> None:

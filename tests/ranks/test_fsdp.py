@@ -51,7 +51,7 @@ def _tokens(step: int, rank: int) -> torch.Tensor:
     return torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kind", "changes", "frozen"),
     [

@@ -52,6 +52,7 @@ print(codes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="needs Linux's schedulers")
 def test_ranks_end_with_0_when_gloo_is_late():
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(ROUNDS)]

@@ -8,23 +8,19 @@ import pytest
 import torch
 from cases import Case, arguments, assemble, brief, build_model, held
 from harness import start
+from tiers import slow_except
 
 import ds_lowrank
 
 PLAIN = Case(clip=0.0, accumulation=1)
+PLACES = [("one", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4)]
+ORDINARY = [("one", 1, "small", 3), ("ddp", 2, "small", 3), ("fsdp2", 2, "small", 3), ("fsdp2", 2, "experts", 1)]
+ORDINARY += [("hsdp", 4, "small", 3)]
 
 
 @pytest.mark.parametrize(
-    ("layout", "ranks"), [("one", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4)]
-)
-@pytest.mark.parametrize(
-    ("shapes", "accumulation"),
-    [
-        ("small", 3),
-        ("experts", 1),
-        pytest.param("small", 1, marks=pytest.mark.slow),
-        pytest.param("experts", 3, marks=pytest.mark.slow),
-    ],
+    ("layout", "ranks", "shapes", "accumulation"),
+    slow_except(ORDINARY, [(*place, shapes, k) for place in PLACES for shapes in ("small", "experts") for k in (1, 3)]),
 )
 def test_the_trajectory_is_that_of_ordinary_steps(pools, layout, ranks, accumulation, shapes):
     case = brief(ranks, clip=0.0, layout=layout, accumulation=accumulation, shapes=shapes, rank=3)

@@ -11,6 +11,7 @@ from harness import start
 from rank_pool import RankPool
 from resume import Move, try_move
 from storage import state_bytes
+from tiers import slow_except
 
 from ds_lowrank.optimizer import STATE_KEY
 
@@ -26,20 +27,21 @@ def all_pools(pools) -> dict[int, RankPool]:
     return {ranks: pools(ranks) for ranks in (1, 2, 3, 4)}
 
 
-@pytest.mark.parametrize("layout", MANY_RANKS)
+SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1-int8": (1, INT8),
+    "3-int8-project": (3, {**INT8, "moments": "project", "selection": "dominant"}),
+    "2-int4-stacked-experts": (2, {**INT4, "shapes": "experts", "rank": 3}),
+    "3-bf16-thin-whole-bases": (3, {**BF16, "shapes": "thin", "rank": 2, "shard_projection": False}),
+}
+ORDINARY = [f"3-int8-project-{layout}" for layout in ("ddp", "zero3", "fsdp2")]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "settings"),
-    [
-        pytest.param(1, INT8, id="1-int8", marks=pytest.mark.slow),
-        pytest.param(3, {**INT8, "moments": "project", "selection": "dominant"}, id="3-int8-project"),
-        pytest.param(2, {**INT4, "shapes": "experts", "rank": 3}, id="2-int4-stacked-experts"),
-        pytest.param(
-            3,
-            {**BF16, "shapes": "thin", "rank": 2, "shard_projection": False},
-            id="3-bf16-thin-whole-bases",
-            marks=pytest.mark.slow,
-        ),
-    ],
+    ("ranks", "settings", "layout"),
+    slow_except(
+        ORDINARY,
+        [pytest.param(*row, layout, id=f"{name}-{layout}") for name, row in SETTINGS.items() for layout in MANY_RANKS],
+    ),
 )
 def test_the_update_is_that_of_a_reference_that_rounds_where_we_keep(pools, ranks, layout, settings):
     """To one code: where the reference's last bit tips a number over to the next, a step of one entry differs."""
@@ -66,33 +68,41 @@ ELSEWHERE = [
 ]
 
 
-def _rows(moves) -> list[Any]:
-    return [
+# Native saves of one format a framework, and one move to another framework.
+ORDINARY_HERE = ["ddp-3-ddp-3-int8-int4-small", "zero3-3-zero3-3-int8-int4-small", "fsdp2-3-fsdp2-3-int8-int8-small"]
+ORDINARY_ELSEWHERE = ["fsdp2-3-zero3-2-int8-int4-small"]
+
+
+def _rows(moves, ordinary: list[str]) -> list[Any]:
+    rows = [
         pytest.param(
             move,
             shapes,
             id="-".join([*map(str, move.before), *map(str, move.after), *dict(move.settings).values(), shapes[0]]),
-            marks=[pytest.mark.slow] * (shapes != SMALL),
         )
         for move, many in moves
         for shapes in many
     ]
+    return slow_except(ordinary, rows)
 
 
-@pytest.mark.parametrize(("move", "shapes"), _rows(HERE))
+@pytest.mark.parametrize(("move", "shapes"), _rows(HERE, ORDINARY_HERE))
 def test_the_same_ranks_go_on_bit_by_bit(all_pools, move, shapes):
     result = try_move(all_pools, move, shapes, steps=(4, 3))
     assert result["state_equal"]
     assert result["deviation"] == 0.0
 
 
-@pytest.mark.parametrize(("move", "shapes"), _rows(ELSEWHERE))
+@pytest.mark.parametrize(("move", "shapes"), _rows(ELSEWHERE, ORDINARY_ELSEWHERE))
 def test_other_ranks_and_layouts_have_the_same_codes_and_scales(all_pools, move, shapes):
     assert try_move(all_pools, move, shapes, steps=(4, 1))["state_equal"]
 
 
+PLACES = [("one", 1), ("ddp", 2), ("zero2", 3), ("zero3", 2), ("fsdp2", 3)]
+
+
 @pytest.mark.parametrize("settings", [INT8, INT4, BF16], ids=["int8", "int4", "bf16"])
-@pytest.mark.parametrize(("layout", "ranks"), [("one", 1), ("ddp", 2), ("zero2", 3), ("zero3", 2), ("fsdp2", 3)])
+@pytest.mark.parametrize(("layout", "ranks"), slow_except([("one", 1)], PLACES))
 def test_every_weight_of_every_size_moves_in_the_first_step(pools, layout, ranks, settings):
     """An 8-bit GaLore that leaves small matrices where they are has been published."""
     for shapes, rank in (("small", 4), ("thin", 2), ("experts", 3)):
@@ -113,7 +123,7 @@ def _stand_still(case: Case) -> dict[str, int]:
     return {n: count for n in projected if (count := int((after[n] == before[n]).sum()))}
 
 
-@pytest.mark.parametrize("layout", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("layout", slow_except(["zero2", "fsdp2"], ["ddp", "zero2", "zero3", "fsdp2"]))
 def test_reported_bytes_are_the_bytes_that_are_held(pools, layout):
     for settings in (INT8, INT4, BF16):
         for reported, found in pools(2).run(_bytes, Case(layout=layout, shapes="small", layers=2, **settings)):

@@ -139,6 +139,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("mount"), reason="no mount")
 def test_a_disk_that_is_really_full(small_disk):
     """The optimizer's zip file does not fit, whose writer does not say why."""

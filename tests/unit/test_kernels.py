@@ -136,6 +136,7 @@ def test_gaussian_numbers_are_the_twins(kernels, first, count):
     assert torch.allclose(found.cpu(), expected, rtol=1e-5, atol=2e-6 if GPU else 5e-7)
 
 
+@pytest.mark.slow  # half a minute of compilation
 def test_kernels_compile_for_the_chips_without_one(tmp_path):
     """sm_80, sm_89, sm_90: to machine code, by Triton's own ptxas, in a process that does not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

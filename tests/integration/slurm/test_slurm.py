@@ -21,6 +21,7 @@ STEPS = {"max_steps": 14, "update_proj_gap": 3, "lr": 0.01, "batch_size": 2, "re
 
 pytestmark = [
     pytest.mark.launcher,
+    pytest.mark.slow,
     pytest.mark.skipif(missing() is not None, reason=f"slurm cannot be started here: {missing()}"),
 ]
 
@@ -62,7 +63,7 @@ def test_preempted_by_a_job_of_higher_priority_it_ends_with_the_same_weights(clu
     assert same_weights(undisturbed, workplace / "slurm_preempted")
 
 
-@pytest.mark.parametrize("script", [pytest.param("deepspeed", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.parametrize("script", ["deepspeed", "fsdp2"])
 def test_the_warning_before_the_time_limit_makes_a_checkpoint_and_queues_again(
     cluster, workplace, undisturbed, script, monkeypatch
 ):
