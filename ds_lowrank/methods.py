@@ -56,6 +56,11 @@ def make_method(config: LowRankConfig) -> Method:
     slots = (*rule.slots, *selection.kept_slots())
     if len({slot.name for slot in slots}) < len(slots):
         raise ValueError(f"rule {rule.name!r} and selection {selection.name!r} both keep a slot of one name")
+    if not selection.stored and (selection.evidence != "none" or selection.slots):
+        raise ValueError(
+            f"selection {selection.name!r} keeps no basis, so it has to draw it from its key alone: its evidence must "
+            "be 'none', and it can have no slots"
+        )
     if rule.needs_orthonormal and not selection.orthonormal:
         raise ValueError(
             f"rule {rule.name!r} needs orthonormal bases, and selection {selection.name!r} has none: use selection "

@@ -209,12 +209,18 @@ class LowRankAdamW(JoinableOptimizer):
     def replace_states(self, states: dict[str, MatrixState]) -> None:
         """Go on with other states of the matrices, those of a checkpoint."""
         self.state[STATE_KEY] = states  # type: ignore[index]
-        self._complete = self._consolidated = None
         self._to_adopt = {}
+        self._take_others()
+        self.ensure_state()
+
+    def _take_others(self) -> None:
+        """What was kept has been replaced: look at what is there now, and let go of what was."""
         self._loaded = True
+        self._complete = self._consolidated = None
+        if self._stepper is not None:
+            self._stepper.forget_states()
         if self._layerwise is not None:
             self._layerwise.forget()
-        self.ensure_state()
 
     def release_parameters(self) -> None:
         """Let go of the whole parameters where the model is about to be sharded and the groups get the shards.
@@ -404,7 +410,10 @@ class LowRankAdamW(JoinableOptimizer):
                 logger.warning("before every save: %s", CONSOLIDATE)
         self._consolidated = None
         joined = self._layout.replicated and in_join(self)
-        with handed_over(self._members, self._all_groups, self._comm, has_data) if joined else nullcontext():
+        kind = self._layout.ranks.device.type
+        # Inside a user's autocast products of a step would be rounded to bf16.
+        plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with plain, handed_over(self._members, self._all_groups, self._comm, has_data) if joined else nullcontext():
             self._step_members(self._layout)
 
     def _step_members(self, layout: Layout) -> None:
@@ -476,9 +485,6 @@ class LowRankAdamW(JoinableOptimizer):
             self.method = make_method(self.config)
             self._loaded = bool(self.state or self._to_adopt)
             return
-        self._loaded = True
-        self._complete = self._consolidated = None
-        if self._layerwise is not None:
-            self._layerwise.forget()
+        self._take_others()
         for group, options in zip(self.param_groups, self._group_options):
             group.update(options)

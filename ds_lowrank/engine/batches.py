@@ -73,6 +73,10 @@ class Batches:
         # Keys of what is cut as the rows of A, and of what is one a matrix, for matrices of one r and dtype.
         self._keys: dict[tuple[int, torch.dtype], tuple[list[str], dict[str, Tensor]]] = {}
 
+    def forget(self) -> None:
+        """Let go of states that others have taken the place of."""
+        self._whole.clear()
+
     def group(self, plans: Sequence[MatrixPlan]) -> list[list[MatrixPlan]]:
         """Some of the matrices, batch by batch."""
         found: dict[int, list[MatrixPlan]] = {}

@@ -128,6 +128,11 @@ class LowRankStep:
         """Drop accumulated projections."""
         self._projected.clear()
 
+    def forget_states(self) -> None:
+        """Let go of states in whose place others were loaded."""
+        self._batches.forget()
+        self._filled.clear()
+
     def is_due(self, plan: MatrixPlan, states: States) -> bool:
         """Whether a matrix refreshes its subspace before its next step."""
         step = states[plan.name]["step"]

@@ -59,6 +59,8 @@ def declare(slots: Iterable[Slot]) -> None:
     for slot in slots:
         if slot.name in _TAKEN or slot.name.endswith(("_codes", "_scale")):
             raise ValueError(f"a slot cannot be called {slot.name!r}: states have that key for something else")
+        if slot.turns == "linear" and (slot.width, slot.axis) != ("r", "rows"):
+            raise ValueError(f"the slot {slot.name!r} turns as R does: it needs axis 'rows' and width 'r'")
         if _known.setdefault(slot.name, slot) != slot:
             raise ValueError(f"the slot {slot.name!r} is declared as {_known[slot.name]} already, not as {slot}")
 

@@ -14,7 +14,7 @@ from ds_lowrank.methods import make_method
 from ds_lowrank.rules import RULES, Hyper, Stack, Update
 from ds_lowrank.selections import SELECTIONS, Key, Sketch
 from ds_lowrank.states.formats import Formats
-from ds_lowrank.states.layout import StateLayout
+from ds_lowrank.states.layout import Slot, StateLayout, declare
 
 LONG, SHORT, RANK, STEPS, GAP = 24, 10, 4, 20, 7
 SETTINGS = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -395,3 +395,21 @@ def test_every_other_rule_goes_with_every_selection(rule, selection):
     assert ("limiter_norm" in method.states.slots) == (rule != "grams")
     assert ("basis" in method.states.slots) == (selection != "gaussian")
     assert ("basis_exp_avg" in method.states.slots) == (selection == "online_pca")
+
+
+def test_what_a_slot_or_a_selection_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="'narrow' turns as R does"):
+        declare([Slot("narrow", width=1, turns="linear")])
+
+    class Forgetful(SELECTIONS.make("gaussian").__class__):
+        evidence = "gram"
+
+    config = LowRankConfig(selection="gaussian")
+    registry = SELECTIONS._classes
+    known = registry["gaussian"]
+    try:
+        registry["gaussian"] = Forgetful
+        with pytest.raises(ValueError, match="keeps no basis"):
+            make_method(config)
+    finally:
+        registry["gaussian"] = known

@@ -1,8 +1,10 @@
 """LowRankAdamW on one process: against the reference, and through gradients that break optimizers."""
 
 import copy
+import gc
 import io
 import logging
+import weakref
 
 import pytest
 import torch
@@ -439,3 +441,33 @@ def test_bf16_weights_of_all_kinds_go_on_bitwise_after_a_load():
     run(again, again_w, again_v, range(3, 7))
     assert torch.equal(w, again_w)
     assert torch.equal(v, again_v)
+
+
+@pytest.mark.parametrize("options", [{"moments": "project"}, {"rule": "fira"}, {"selection": "online_pca"}], ids=str)
+def test_a_step_inside_autocast_is_the_same(options):
+    """Its small products would be computed in bf16."""
+    weights = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(24, 10))
+        optimizer = LowRankAdamW([{"params": [("w", weight)], "rank": 4}], lr=0.1, update_proj_gap=2, **options)
+        for _ in range(4):
+            weight.grad = torch.randn(24, 10)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+                optimizer.step()
+        weights.append(weight.detach())
+    assert torch.equal(*weights)
+
+
+def test_states_that_a_load_replaces_are_let_go():
+    params = {f"w{k}": torch.nn.Parameter(torch.randn(24, 10)) for k in range(3)}
+    optimizer = LowRankAdamW([{"params": list(params.items()), "rank": 4}], lr=0.1)
+    for _ in range(2):
+        for p in params.values():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    before = [weakref.ref(state["exp_avg"]) for state in optimizer.state[STATE_KEY].values()]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.ensure_state()
+    gc.collect()
+    assert not [ref for ref in before if ref() is not None]
