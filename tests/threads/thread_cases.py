@@ -631,7 +631,9 @@ def save(run: Run, folder: Path) -> None:
 
 def whole_state_dict(run: Run) -> dict[str, Any]:
     """``state_dict()`` with whole tensors. Collective under FSDP2."""
-    return _each_moment(run, run.optimizer.state_dict(), run.layout.to_whole)
+    packed = _each_moment(run, run.optimizer.state_dict(), run.layout.to_whole)
+    state = {k: {n: run.layout.whole(v) for n, v in entry.items()} for k, entry in packed["state"].items()}
+    return {**packed, "state": state}
 
 
 def _each_moment(run: Run, packed: dict[str, Any], turn: Any) -> dict[str, Any]:

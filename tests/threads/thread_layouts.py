@@ -54,6 +54,13 @@ def place_model(layout: str, size: int, model: nn.Module, optimizer: Any, **opti
     return CutLayout(layout, optimizer.members, optimizer.param_groups, ranks_of(layout, size), **options)
 
 
+class Chunk(Tensor):
+    """In the place of a DTensor: what this rank has of a tensor of ``shape_cut``, which is cut along ``dim_cut``."""
+
+    shape_cut: Shape
+    dim_cut: int
+
+
 class WholeLayout(ReplicatedLayout):
     """DDP, on threads. Keeps up with parameters that are added."""
 
@@ -77,6 +84,9 @@ class WholeLayout(ReplicatedLayout):
     def to_whole(self, name: str, local: Tensor) -> Tensor:
         return local
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        return tensor
+
     def to_local(self, name: str, whole: Tensor) -> Tensor:
         return whole
 
@@ -94,6 +104,8 @@ class CutLayout:
         gradient_dtype: in which the model computes.
         apart: full-rank parameters are saved as torch saves them, by their shards.
     """
+
+    copied: frozenset[str] = frozenset()  # every piece is given as a view
 
     def __init__(
         self,
@@ -258,7 +270,14 @@ class CutLayout:
 
     def to_whole(self, name: str, local: Tensor) -> Tensor:
         """Inverse of :meth:`to_local`. Collective over a copy of the model."""
-        return self.distribute(local, self._members[name].shape, self._dim(name))
+        return self.whole(self.distribute(local, self._members[name].shape, self._dim(name)))
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """What :meth:`distribute` has made, on every rank. Collective over a copy of the model."""
+        if not isinstance(tensor, Chunk):
+            return tensor
+        parts = gather_objects(tensor.as_subclass(Tensor), self.ranks.copy_group)
+        return torch.cat(parts, tensor.dim_cut).view(tensor.shape_cut)
 
     # -- Layout -------------------------------------------------------------------------------------------------------
 
@@ -314,8 +333,9 @@ class CutLayout:
         return self._dim(name)
 
     def distribute(self, local: Tensor, shape: Shape, dim: int) -> Tensor:
-        """The whole tensor, on every rank: there are no DTensors here."""
-        return torch.cat(gather_objects(local, self.ranks.copy_group), dim).view(shape)
+        chunk = local.detach().as_subclass(Chunk)
+        chunk.shape_cut, chunk.dim_cut = tuple(shape), dim
+        return chunk
 
     def local(self, tensor: Tensor, dim: int) -> tuple[Tensor, bool]:
         return tensor, True
