@@ -70,7 +70,16 @@ def _differing(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
 @pytest.mark.parametrize(("layout", "ranks"), [*FEW[1:], ("ddp", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)])
 def test_bf16_weights_are_rounded_alike_on_any_ranks(layout, ranks, shapes):
     """Rows that are cut, columns that become rows, and vectors: of other bits nearly half the weights would differ."""
-    case = Case(shapes=shapes, steps=4, columns=shapes == "columns", **ROUNDED)
+    check_rounded(Case(shapes=shapes, steps=4, columns=shapes == "columns", **ROUNDED), layout, ranks)
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("zero3", 2), ("fsdp2", 3)])
+def test_bf16_weights_of_many_rows_are_rounded_alike(layout, ranks):
+    """Rows are widened some hundreds at a time."""
+    check_rounded(Case(shapes="real", layers=1, r=8, steps=2, **ROUNDED), layout, ranks)
+
+
+def check_rounded(case: Case, layout: str, ranks: int) -> None:
     alone, there = (run_case(c) for c in (case, replace(case, layout=layout, ranks=ranks)))
     other = run_case(replace(case, seed=4, selection="dominant"))
     assert there.replicas_equal

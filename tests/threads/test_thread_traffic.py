@@ -72,3 +72,11 @@ def test_wide_matrices_sharded_by_columns_move_no_rows(ranks):
     for columns in (False, True):
         sent = traffic("fsdp2", ranks, "wide", columns=columns)["step"]
         assert [sent[p] > 0 for p in ("gradient rows", "updates")] == [not columns] * 2
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero3", "fsdp2"])
+def test_of_a_longer_side_that_is_projected_no_gram_is_made(layout):
+    """It would be larger than the gradient, of which the owner gets the rows instead."""
+    for name in ("tall", "wide"):
+        assert traffic(layout, 2, name)["refresh"]["Gram matrices"] > 0
+        assert traffic(layout, 2, name, proj_type="reverse_std")["refresh"]["Gram matrices"] == 0
