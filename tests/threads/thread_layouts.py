@@ -121,7 +121,6 @@ class CutLayout:
         self.name, self.kind, self.ranks = layout, KINDS[layout], ranks
         self.replicated = False
         self.steps_alone = self.by_parameter = layout in SHARDED
-        self.copied: frozenset[str] = frozenset()
         self._columns, self._dtype, self._gradient_dtype, self._apart = columns, dtype, gradient_dtype, apart
         self._members = {m.name: m for m in members}
         self._tensors = Tensors()

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from ds_lowrank.kernels.moments import kept_direction_, parted_direction_, torch_direction_
+from ds_lowrank.rules.adamw import MOMENTS
 from ds_lowrank.states import blocks
 from ds_lowrank.states.blocks import BLOCK
 from ds_lowrank.states.dynamic import dequantise, dynamic_map, midpoints, quantise
 from ds_lowrank.states.formats import Formats
+from ds_lowrank.states.layout import StateLayout
 from ds_lowrank.states.linear import dequantise_linear, quantise_linear
 
 LARGEST = 3.4e38
@@ -122,7 +124,10 @@ def test_a_step_by_parts_is_that_of_the_whole(r):
     """N, codes and scales, bit by bit, also from a gradient that is not finite."""
     torch.manual_seed(r)
     formats, rows = Formats("int8"), 37
-    fresh = {k: torch.full((rows, t.width), t.fill, dtype=t.dtype) for k, t in formats.rows(r, torch.float32).items()}
+    fresh = {
+        k: torch.full((rows, t.width), t.fill, dtype=t.dtype)
+        for k, t in StateLayout(MOMENTS, formats).tensors(r, torch.float32).items()
+    }
     whole, parted, kept = ({k: t.clone() for k, t in fresh.items()} for _ in range(3))
     for step in range(1, 6):
         gradient = torch.randn(rows, r) * 10.0 ** (4 * torch.rand(rows, r) - 6)

@@ -13,8 +13,10 @@ import torch
 
 from ds_lowrank.kernels.gaussian import torch_fill_, words
 from ds_lowrank.kernels.moments import fused_direction_, torch_direction_
+from ds_lowrank.rules.adamw import MOMENTS
 from ds_lowrank.states import dynamic
 from ds_lowrank.states.formats import Formats
+from ds_lowrank.states.layout import StateLayout
 from ds_lowrank.states.linear import dequantise_linear, quantise_linear
 from ds_lowrank.states.rounding import Place, copy_stochastic_, rounding_key
 
@@ -32,7 +34,8 @@ def kernels():
 def moments(formats: Formats, rows: int, r: int) -> dict[str, torch.Tensor]:
     m = torch.randn(rows, r) * 10.0 ** (3 * torch.rand(rows, r) - 5)
     state = {
-        key: torch.full((rows, t.width), t.fill, dtype=t.dtype) for key, t in formats.rows(r, torch.float32).items()
+        key: torch.full((rows, t.width), t.fill, dtype=t.dtype)
+        for key, t in StateLayout(MOMENTS, formats).tensors(r, torch.float32).items()
     }
     formats.exp_avg.write_(state, "exp_avg", m)
     formats.exp_avg_sq.write_(state, "exp_avg_sq", m.square() * torch.rand(rows, r))
