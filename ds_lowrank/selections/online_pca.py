@@ -14,6 +14,9 @@ from ds_lowrank.selections import Basis, Gram, Key, Selection, Sketch, register
 from ds_lowrank.selections.random import random_basis
 from ds_lowrank.states.layout import Slot
 
+# Units in the last place of a row's terms that rounding may leave where they cancel.
+NOISE = 32
+
 
 @register
 class OnlinePCA(Selection):
@@ -71,7 +74,11 @@ class OnlinePCA(Selection):
             sketch.energy >= torch.finfo(sketch.energy.dtype).tiny
         )
         usable = usable.reshape(())
-        slope = torch.where(usable, loss_gradient(basis, sketch, options["penalty"]), 0.0)
+        slope = loss_gradient(basis, sketch, options["penalty"])
+        # At a minimum, as where r = short, a slope is rounding alone, of which Adam would make steps of full size, on
+        # every layout others.
+        sizes = _row_sizes(sketch.s) / sketch.energy + options["penalty"] * _row_sizes(basis)
+        slope = torch.where(usable & (slope.abs() > NOISE * torch.finfo(slope.dtype).eps * sizes), slope, 0.0)
         weight = usable.to(basis.dtype)
         m, v = state["basis_exp_avg"], state["basis_exp_avg_sq"]
         m.lerp_(slope, weight * (1 - beta1))
@@ -79,6 +86,10 @@ class OnlinePCA(Selection):
         root = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(options["eps"])
         move = torch.div(m, root, out=root).mul_(weight * (lr / (1 - beta1**step)))
         return basis.mul_(1 - weight * (lr * hyper.weight_decay)).sub_(move)
+
+
+def _row_sizes(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True)
 
 
 def loss_gradient(basis: Tensor, sketch: Sketch, penalty: float) -> Tensor:
