@@ -19,6 +19,7 @@ from storage import state_bytes
 from torch import Tensor, nn
 
 from ds_lowrank.engine.bases import Bases
+from ds_lowrank.kernels.gaussian import gaussian_rows
 from ds_lowrank.layouts import Piece
 from ds_lowrank.optimizer import STATE_KEY, LowRankAdamW
 from ds_lowrank.plan.geometry import matrix_shape
@@ -54,7 +55,7 @@ class Case:
         shapes: key of ``SHAPES``.
         layers: how often the shapes are repeated; 5 divides by none of 2, 3, 4 ranks, so matrices are cut.
         rank: r.
-        selection, moments, gap, wave_size, proj_type, shard_projection: options of the optimizer.
+        rule, selection, moments, gap, wave_size, proj_type, shard_projection: options of the optimizer.
         state_dtype, basis_dtype: of the optimizer; the reference rounds what it keeps to them.
         master: with ``bf16``, the optimizer's weights are fp32; otherwise there are bf16 weights alone.
         stochastic_rounding: of weights without a master; the reference knows nothing of it.
@@ -79,6 +80,7 @@ class Case:
     shapes: str = "small"
     layers: int = 5
     rank: int = 4
+    rule: str = "adamw"
     selection: str = "importance"
     moments: str = "keep"
     gap: int = 4
@@ -123,7 +125,10 @@ class Case:
             "rank": self.rank,
             "optim_target_modules": self.targets,
             "update_proj_gap": self.gap,
+            "rule": self.rule,
             "selection": self.selection,
+            # As the weights' ε below: with 1e-8 the basis' first step would be sign(∇L).
+            "selection_options": {"eps": 1e-6} if self.selection == "online_pca" else {},
             "moments": self.moments,
             "proj_type": self.proj_type,
             "wave_size": self.wave_size,
@@ -314,7 +319,10 @@ class Follower:
             weight_decay=case.weight_decay,
             gap=case.gap,
             wave_size=case.wave_size,
+            rule=case.rule,
             selection=case.selection,
+            pca=(5.0, 0.1, 0.9, 0.999, 1e-6),
+            gaussian=lambda key, short, r: gaussian_rows(key, (0, short), r),
             moments=case.moments,
             side=case.proj_type,
             seed=options["seed"],
@@ -449,8 +457,8 @@ def _agree(optimizer: LowRankAdamW, reference: Reference | None) -> tuple[bool, 
     far = 0.0
     for name, state in reference.matrices.items():
         indices, refreshes, step, basis = seen[name]
-        drawn = reference.selection != "random" and refreshes > 0
-        if (refreshes, step) != (state["refreshes"], state["t"]) or (drawn and indices != state["indices"].tolist()):
+        chosen = "indices" in state and refreshes > 0
+        if (refreshes, step) != (state["refreshes"], state["t"]) or (chosen and indices != state["indices"].tolist()):
             return False, math.inf
         if refreshes:
             far = max(far, float((basis - state["basis"]).norm()) / math.sqrt(basis.shape[1]))

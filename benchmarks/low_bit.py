@@ -34,6 +34,11 @@ class LowBitReference(Reference):
             state["v"] = rounded_flat(self.formats.exp_avg_sq, state["v"])
         return direction
 
+    def refine(self, g: Tensor, state: dict) -> None:
+        super().refine(g, state)
+        state["basis_m"] = rounded(self.formats.exp_avg, state["basis_m"])
+        state["basis_v"] = rounded(self.formats.exp_avg_sq, state["basis_v"])
+
     def refresh(self, name: str, g: Tensor, state: dict) -> None:
         before = dict(state)
         super().refresh(name, g, state)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
 class Reference:
-    """Low-rank AdamW on whole matrices (GaLore, arXiv 2403.03507; SARA's selection, arXiv 2502.05790).
+    """Low-rank optimizers on whole matrices: GaLore (arXiv 2403.03507), SARA (2502.05790) and those of docs/methods.md.
 
     Args:
         weights: name -> weight, updated in place. Those in ``ranks`` are 2-D and trained in a subspace; the others
@@ -21,7 +22,10 @@ class Reference:
         ranks: name -> r, in the model's parameter order.
         lr, betas, eps, weight_decay, scale: η, (β1, β2), ε, λ, α.
         gap, stagger, wave_size: refresh period τ; spread over it in waves of so many matrices, or all at once.
-        selection: ``dominant``, ``importance``, ``uniform`` or ``random``.
+        rule: ``adamw``, ``grams``, ``fira``, ``apollo`` or ``apollo_mini``, with ``limiter`` γ of the last three.
+        selection: ``dominant``, ``importance``, ``uniform``, ``random``, ``gaussian`` or ``online_pca``, with ``pca``:
+            learning rate as a multiple of η, penalty, β1, β2 and ε of the last.
+        gaussian: the numbers of ``gaussian``, which a hash makes: (key, short, r) -> short × r.
         moments: ``keep`` or ``project``.
         side: ``std``, ``reverse_std``, ``right`` or ``left`` (GaLore's ``proj_type``).
         seed: key of the sampler.
@@ -41,7 +45,11 @@ class Reference:
         gap: int = 200,
         stagger: bool = True,
         wave_size: int = 8,
+        rule: str = "adamw",
+        limiter: float = 1.01,
         selection: str = "importance",
+        pca: tuple[float, float, float, float, float] = (5.0, 0.1, 0.9, 0.999, 1e-8),
+        gaussian: Callable[[int, int, int], Tensor] | None = None,
         moments: str = "keep",
         side: str = "std",
         seed: int = 0,
@@ -49,6 +57,7 @@ class Reference:
     ):
         self.weights, self.lr, self.betas, self.eps = weights, lr, betas, eps
         self.weight_decay, self.scale, self.gap = weight_decay, scale, gap
+        self.rule, self.limiter, self.pca, self.gaussian = rule, limiter, pca, gaussian
         self.selection, self.moments, self.seed, self.gradient_dtype = selection, moments, seed, gradient_dtype
         self.matrices: dict[str, dict] = {}
         for name, r in ranks.items():
@@ -92,17 +101,61 @@ class Reference:
             self.weights[name].sub_(self.adam(gradients[name], state), alpha=self.lr)
 
     def step_matrix(self, name: str, w: Tensor, g: Tensor, state: dict) -> None:
-        """R = A B;  N = Adam(R);  A ← (1 − ηλ) A − η α N Bᵀ, with A = W or Wᵀ (long × short)."""
+        """A ← (1 − ηλ) A − η U, with A = W or Wᵀ (long × short) and U of R = ∇A B."""
         if not state["right"]:
             w, g = w.T, g.T
-        if state["t"] == 0 or (state["t"] - state["phase"]) % self.gap == 0:
+        periodic = self.selection != "online_pca"
+        if state["t"] == 0 or (periodic and (state["t"] - state["phase"]) % self.gap == 0):
             self.refresh(name, g, state)
         if state["refreshes"] == 0:
             return  # its gradient has always been zero: unborn, no counter, no update, no decay
         state["t"] += 1
-        n = self.adam(self.project(g, state), state)
+        update = self.update(g, self.project(g, state), state)
         w.mul_(1 - self.lr * self.weight_decay)
-        w.sub_(n @ state["basis"].T, alpha=self.lr * self.scale)
+        w.sub_(update, alpha=self.lr)
+        if self.selection == "online_pca" and torch.isfinite(g).all() and g.any():
+            self.refine(g, state)
+
+    def update(self, g: Tensor, r: Tensor, state: dict) -> Tensor:
+        """U = α N Bᵀ with N of Adam; what Fira and APOLLO scale is φ ⊙ X, φ = |N| / |R| before bias correction."""
+        (beta1, beta2), t, basis = self.betas, state["t"], state["basis"]
+        n = self.adam(r, state)
+        if self.rule == "adamw":
+            return self.scale * n @ basis.T
+        if self.rule == "grams":
+            return self.scale * (n.abs() * r.sign()) @ basis.T
+        correction = math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        if self.rule == "apollo_mini":
+            phi = n.norm() / correction / (r.norm() + 1e-8)
+        else:
+            phi = n.norm(dim=1, keepdim=True) / correction / (r.norm(dim=1, keepdim=True) + 1e-8)
+        if self.rule == "fira":
+            residual = g - self.scale * r @ basis.T
+            return self.scale * n @ basis.T + correction * self.limited(phi * residual, state)
+        return self.scale * correction * self.limited(phi * g, state)
+
+    def limited(self, s: Tensor, state: dict) -> Tensor:
+        """S, scaled down where its norm is more than γ times that of the last step; a zero is not remembered."""
+        if "norm" in state and s.norm() > 0:
+            s = s * min(1.0, float(self.limiter * (state["norm"] + 1e-8) / s.norm()))
+        if s.norm() > 0:
+            state["norm"] = s.norm()
+        return s
+
+    def refine(self, g: Tensor, state: dict) -> None:
+        """Online Subspace Descent (2408.12857): a step of Adam on L(B) = ‖G̃ − G̃BBᵀ‖² + λ‖BᵀB − I‖², G̃ = ∇A / ‖∇A‖."""
+        factor, penalty, beta1, beta2, eps = self.pca
+        b, t, lr = state["basis"], state["t"], self.lr * factor
+        c = g.T @ g / g.square().sum()
+        inside = 2 * c @ b @ (b.T @ b) + 2 * b @ (b.T @ c @ b) - 4 * c @ b
+        slope = inside + 4 * penalty * (b @ (b.T @ b) - b)
+        # What rounding makes of a minimum, as where r = short, is no slope: Adam would make full steps of it.
+        row_sizes = (c @ b).norm(dim=1, keepdim=True) + penalty * b.norm(dim=1, keepdim=True)
+        slope = slope.where(slope.abs() > 32 * torch.finfo(b.dtype).eps * row_sizes, 0)
+        state["basis_m"] = beta1 * state.get("basis_m", torch.zeros_like(b)) + (1 - beta1) * slope
+        state["basis_v"] = beta2 * state.get("basis_v", torch.zeros_like(b)) + (1 - beta2) * slope * slope
+        direction = state["basis_m"] / (1 - beta1**t) / (state["basis_v"].sqrt() / math.sqrt(1 - beta2**t) + eps)
+        state["basis"] = (1 - lr * self.weight_decay) * b - lr * direction
 
     def project(self, g: Tensor, state: dict) -> Tensor:
         """R = A B; what rounding may have made of nothing, in directions that were drawn, is nothing."""
@@ -123,7 +176,10 @@ class Reference:
         if not torch.isfinite(wide).all() or not wide.any():
             return
         generator = self.generator(name, state["refreshes"])
-        if self.selection == "random":
+        if self.selection == "gaussian":
+            assert self.gaussian is not None
+            basis = self.gaussian(self.key(name, state["refreshes"]), g.shape[1], r)
+        elif self.selection in ("random", "online_pca"):
             basis = self.orthonormal(torch.randn(g.shape[1], r, dtype=torch.float64, generator=generator))
         else:
             sigma, vectors = self.spectrum(wide)
@@ -143,8 +199,9 @@ class Reference:
                 for _ in range(2):
                     drawn = drawn - kept @ (kept.T @ drawn)
                 basis = torch.cat([kept, self.orthonormal(drawn)], dim=1)
-        peaks = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-        basis = (basis * peaks.sign()).to(g.dtype)  # an eigenvector's sign is free: its largest entry is positive
+        if self.selection != "gaussian":  # an eigenvector's sign is free: its largest entry is positive
+            basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+        basis = basis.to(g.dtype)
         if self.moments == "project" and "m" in state:
             state["m"] = state["m"] @ (state["basis"].T @ basis)
         state["basis"] = basis
@@ -177,8 +234,12 @@ class Reference:
 
     def generator(self, name: str, refresh: int) -> torch.Generator:
         """Generator keyed by (seed, parameter, refresh): the same draw on any number of ranks."""
-        key = hashlib.blake2b(f"{self.seed}\0{name}\0{refresh}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        return torch.Generator().manual_seed(self.key(name, refresh))
+
+    def key(self, name: str, refresh: int) -> int:
+        """63 bits of a draw's key."""
+        digest = hashlib.blake2b(f"{self.seed}\0{name}\0{refresh}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
 
     def adam(self, g: Tensor, state: dict) -> Tensor:
         """M̂ / (√V̂ + ε) of step ``state["t"]`` (from 1)."""
