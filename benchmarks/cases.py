@@ -25,6 +25,10 @@ from ds_lowrank.optimizer import STATE_KEY, LowRankAdamW
 from ds_lowrank.plan.geometry import matrix_shape
 from ds_lowrank.reference import Reference
 
+# Of online_pca. The basis moves by 0.005 a step, as the paper's does (5 × 0.001): by five times the rate of these runs,
+# 0.1, its entries would go back and forth by more than their size. ε as the weights' below.
+PCA = {"lr_factor": 0.25, "eps": 1e-6}
+
 T = TypeVar("T")
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -36,6 +40,8 @@ SHAPES: dict[str, Shapes] = {
     "thin": ((2, 50), (3, 2), (61, 3)),
     # stacked experts: fewer than ranks, and more; tall and wide
     "experts": ((3, 12, 7), (5, 6, 16)),
+    # all of these kinds in one model
+    "mixed": ((24, 10), (9, 31), (13, 13), (2, 50), (3, 2), (3, 12, 7), (5, 6, 16)),
     # even sizes, as models have them: DeepSpeed pads a group to 2 × ranks elements, which shifts odd boundaries
     "even": ((16, 16), (48, 16), (16, 48)),
     # sides that 2, 3 and 4 divide, for sharding wide matrices by columns
@@ -127,8 +133,7 @@ class Case:
             "update_proj_gap": self.gap,
             "rule": self.rule,
             "selection": self.selection,
-            # As the weights' ε below: with 1e-8 the basis' first step would be sign(∇L).
-            "selection_options": {"eps": 1e-6} if self.selection == "online_pca" else {},
+            "selection_options": dict(PCA) if self.selection == "online_pca" else {},
             "moments": self.moments,
             "proj_type": self.proj_type,
             "wave_size": self.wave_size,
@@ -321,7 +326,7 @@ class Follower:
             wave_size=case.wave_size,
             rule=case.rule,
             selection=case.selection,
-            pca=(5.0, 0.1, 0.9, 0.999, 1e-6),
+            pca=(PCA["lr_factor"], 0.1, 0.9, 0.999, PCA["eps"]),
             gaussian=lambda key, short, r: gaussian_rows(key, (0, short), r),
             moments=case.moments,
             side=case.proj_type,

@@ -15,12 +15,17 @@ the model computes with. The first row anchors the reference in galore-torch.
 
 ``--rows deficient``: gradients with fewer directions than r, the same few on all ranks in a step, others in the next
 (a batch of two rows, and of one); of stacked experts the first has no tokens at all, so its matrix is never refreshed.
+
+``--rows methods``: the other rules and selections, on 2 and 3 ranks, all small shapes in one model; the large ones in
+fp32 and fp64 on 3 ranks. ``online_pca`` has one refresh and then steps its basis, which nothing brings back to the
+reference's: ``basis_deviation`` is that of the whole run, and at real sizes in fp32 the rounding of BᵀB. With int8 states the reference rounds what it keeps; where its last bit
+tips a number over to the next code, an entry differs by a code.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +38,7 @@ from table import Row, json_argument, show
 from ds_lowrank.reference import Reference
 
 SMALL = (Case(), Case(shapes="thin", rank=2), Case(shapes="experts", rank=3))
-REAL = Case(shapes="real", layers=1, rank=32, steps=6, gap=2, accumulation=1)
+LARGE: dict[str, Any] = {"shapes": "real", "layers": 1, "rank": 32, "steps": 6, "gap": 2, "accumulation": 1}
 BF16_OPTIMIZER: dict[str, Any] = {"config": {"data_types": {"grad_accum_dtype": "fp32"}}}
 PLAIN_COMM: dict[str, Any] = {"zero": {"contiguous_gradients": False, "overlap_comm": False}}
 OVERLAP: dict[str, Any] = {"zero": {"contiguous_gradients": True, "overlap_comm": True}}
@@ -50,23 +55,34 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "whole bases ": ("fsdp2", ("fp32",), {"shard_projection": False}),
 }
 
+# (rule, selection, carry): every new rule and selection; r = 1 is apollo_mini's own.
+METHODS = (
+    ("grams", "importance", "project"),
+    ("fira", "dominant", "keep"),
+    ("fira", "importance", "project"),
+    ("apollo", "gaussian", "keep"),
+    ("apollo", "random", "project"),
+    ("apollo_mini", "gaussian", "keep"),
+    ("adamw", "online_pca", "keep"),
+    ("apollo_mini", "online_pca", "keep"),
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--ranks", type=int, nargs="+", help="default: 1 to 4; of methods 2 and 3")
     json_argument(parser)
-    parser.add_argument("--rows", choices=["full", "deficient"], default="full", help="rank of the gradients")
+    parser.add_argument("--rows", choices=list(GRIDS), default="full", help="which table")
     args = parser.parse_args()
-    deficient = args.rows == "deficient"
-    rows = [] if deficient else [anchor_row()]
-    for ranks in args.ranks:
+    cases, what, all_ranks = GRIDS[args.rows]
+    rows = [anchor_row()] if args.rows == "full" else []
+    for ranks in args.ranks or all_ranks:
         pool = RankPool(ranks, timeout=300)
-        for variant, case in deficient_grid(ranks) if deficient else grid(ranks):
-            rows.append(case_row(pool, variant, case))
+        for variant, case in cases(ranks):
+            rows.append((method_row if args.rows == "methods" else case_row)(pool, variant, case))
             print(*rows[-1].values(), flush=True)
         pool.close()
-    title = "Deviation from the one-process reference, as a share of the distance moved"
-    show(rows, f"{title}: gradients with fewer directions than r" if deficient else title, args.json)
+    show(rows, f"Deviation from the one-process reference, as a share of the distance moved{what}", args.json)
 
 
 def grid(ranks: int) -> Iterator[tuple[str, Case]]:
@@ -92,26 +108,62 @@ def deficient_grid(ranks: int) -> Iterator[tuple[str, Case]]:
                 yield variant, Case(layout=layout, dtype=dtype, directions=directions)
 
 
+def methods_grid(ranks: int) -> Iterator[tuple[str, Case]]:
+    """Every method under every layout of several ranks; some of them with int8 states, in bf16, in fp64."""
+    for rule, selection, carry in METHODS:
+        for layout in ("ddp", "zero2", "zero3", "fsdp2"):
+            yield "", Case(layout=layout, rule=rule, selection=selection, moments=carry)
+    for rule, selection, carry in METHODS:
+        for layout in ("zero2", "fsdp2") if ranks == 2 else ("zero3",):
+            method = Case(layout=layout, rule=rule, selection=selection, moments=carry)
+            yield "int8 states", replace(method, state_dtype="int8")
+            yield "", replace(method, dtype="bf16")
+        if ranks == 3:
+            yield "", Case(layout="fsdp2", dtype="fp64", rule=rule, selection=selection, moments=carry)
+
+
+# --rows -> its cases, what it is called, on how many ranks.
+GRIDS: dict[str, tuple[Callable[[int], Iterator[tuple[str, Case]]], str, tuple[int, ...]]] = {
+    "full": (grid, "", (1, 2, 3, 4)),
+    "deficient": (deficient_grid, ": gradients with fewer directions than r", (1, 2, 3, 4)),
+    "methods": (methods_grid, ": methods", (2, 3)),
+}
+
+
 def case_row(pool: RankPool, variant: str, case: Case) -> Row:
     """Run a case over all shapes; the worst of them is reported."""
     small = [_worst_rank(pool, replace(case, shapes=p.shapes, layers=p.layers, rank=p.rank)) for p in SMALL]
-    changes = {f: getattr(REAL, f) for f in ("shapes", "layers", "rank", "steps", "gap", "accumulation")}
-    real = _worst_rank(pool, replace(case, **changes))
     if case.layout in ("fsdp2", "hsdp"):
         small.append(_worst_rank(pool, replace(case, shapes="columns", wide_on_columns=True)))
-    results = [*small, real]
+    return _row(pool, variant, case, small, _worst_rank(pool, replace(case, **LARGE)))
+
+
+def method_row(pool: RankPool, variant: str, case: Case) -> Row:
+    """The same in fewer runs."""
+    case = replace(case, layers=1, gap=3, steps=7)
+    r = {"rank": 1} if case.rule == "apollo_mini" else {}
+    small = [_worst_rank(pool, replace(case, shapes="mixed", **{"rank": 3, **r}))]
+    if case.layout in ("fsdp2", "hsdp"):
+        small.append(_worst_rank(pool, replace(case, shapes="columns", wide_on_columns=True, **r)))
+    large = not variant and pool.size == 3 and case.dtype != "bf16"
+    return _row(pool, variant, case, small, _worst_rank(pool, replace(case, **{**LARGE, **r})) if large else None)
+
+
+def _row(pool: RankPool, variant: str, case: Case, small: Sequence[dict[str, Any]], real: dict[str, Any] | None) -> Row:
+    results = [*small, *([] if real is None else [real])]
     return {
         "layout": case.layout,
         "variant": variant,
         "ranks": pool.size,
         "dtype": case.dtype,
+        "rule": case.rule,
         "selection": case.selection,
-        "moments": case.moments,
+        "carry": case.moments,
         "deviation": max(r["deviation"] for r in results),
         "basis_deviation": max(r["basis_deviation"] for r in results),
         "ranks_equal": all(r["ranks_equal"] for r in results),
         "free_deviation": max(r["free_deviation"] for r in small),
-        "free_real": real["free_deviation"],
+        "free_real": None if real is None else real["free_deviation"],
         "shared": sum(r["shared"] for r in results),
         "moved": sum(r["moved"] for r in results),
         # Without the experts where one of them never has a gradient.
@@ -168,8 +220,9 @@ def anchor_row(steps: int = 10, gap: int = 4, rank: int = 16) -> Row:
         "variant": "reference vs galore-torch",
         "ranks": 1,
         "dtype": "fp32",
+        "rule": "adamw",
         "selection": "dominant",
-        "moments": "keep",
+        "carry": "keep",
         "deviation": max(float((theirs[n].data - w).norm() / (w - start[n]).norm()) for n, w in ours.items()),
         "basis_deviation": None,
         "ranks_equal": True,

@@ -126,7 +126,7 @@ class Reference:
             return self.scale * (n.abs() * r.sign()) @ basis.T
         correction = math.sqrt(1 - beta2**t) / (1 - beta1**t)
         if self.rule == "apollo_mini":
-            phi = n.norm() / correction / (r.norm() + 1e-8)
+            phi = n.double().norm().to(n) / correction / (r.double().norm().to(r) + 1e-8)
         else:
             phi = n.norm(dim=1, keepdim=True) / correction / (r.norm(dim=1, keepdim=True) + 1e-8)
         if self.rule == "fira":
@@ -136,26 +136,28 @@ class Reference:
 
     def limited(self, s: Tensor, state: dict) -> Tensor:
         """S, scaled down where its norm is more than γ times that of the last step; a zero is not remembered."""
-        if "norm" in state and s.norm() > 0:
-            s = s * min(1.0, float(self.limiter * (state["norm"] + 1e-8) / s.norm()))
-        if s.norm() > 0:
-            state["norm"] = s.norm()
-        return s
+        norm = float(s.double().norm())  # one float32 sum of all elements is off by 1e-5 at real sizes
+        if norm == 0:
+            return s
+        factor = min(1.0, self.limiter * (state["norm"] + 1e-8) / norm) if "norm" in state else 1.0
+        state["norm"] = factor * norm
+        return s * factor
 
     def refine(self, g: Tensor, state: dict) -> None:
         """Online Subspace Descent (2408.12857): a step of Adam on L(B) = ‖G̃ − G̃BBᵀ‖² + λ‖BᵀB − I‖², G̃ = ∇A / ‖∇A‖."""
         factor, penalty, beta1, beta2, eps = self.pca
         b, t, lr = state["basis"], state["t"], self.lr * factor
+        b, g = b.double(), g.double()
         c = g.T @ g / g.square().sum()
         inside = 2 * c @ b @ (b.T @ b) + 2 * b @ (b.T @ c @ b) - 4 * c @ b
         slope = inside + 4 * penalty * (b @ (b.T @ b) - b)
         # What rounding makes of a minimum, as where r = short, is no slope: Adam would make full steps of it.
         row_sizes = (c @ b).norm(dim=1, keepdim=True) + penalty * b.norm(dim=1, keepdim=True)
-        slope = slope.where(slope.abs() > 32 * torch.finfo(b.dtype).eps * row_sizes, 0)
+        slope = slope.where(slope.abs() > 32 * torch.finfo(state["basis"].dtype).eps * row_sizes, 0)
         state["basis_m"] = beta1 * state.get("basis_m", torch.zeros_like(b)) + (1 - beta1) * slope
         state["basis_v"] = beta2 * state.get("basis_v", torch.zeros_like(b)) + (1 - beta2) * slope * slope
         direction = state["basis_m"] / (1 - beta1**t) / (state["basis_v"].sqrt() / math.sqrt(1 - beta2**t) + eps)
-        state["basis"] = (1 - lr * self.weight_decay) * b - lr * direction
+        state["basis"] = ((1 - lr * self.weight_decay) * b - lr * direction).to(state["basis"])
 
     def project(self, g: Tensor, state: dict) -> Tensor:
         """R = A B; what rounding may have made of nothing, in directions that were drawn, is nothing."""
