@@ -18,8 +18,9 @@ the model computes with. The first row anchors the reference in galore-torch.
 
 ``--rows methods``: the other rules and selections, on 2 and 3 ranks, all small shapes in one model; the large ones in
 fp32 and fp64 on 3 ranks. ``online_pca`` has one refresh and then steps its basis, which nothing brings back to the
-reference's: ``basis_deviation`` is that of the whole run, and at real sizes in fp32 the rounding of BᵀB. With int8 states the reference rounds what it keeps; where its last bit
-tips a number over to the next code, an entry differs by a code.
+reference's: ``basis_deviation`` is that of the whole run, and at real sizes in fp32 what the rounding of BᵀB makes of
+it. With int8 states the reference rounds what it keeps; where its last bit tips a number over to the next code, an
+entry differs by a code.
 """
 
 from __future__ import annotations
