@@ -29,6 +29,9 @@ from ds_lowrank.reference import Reference
 # 0.1, its entries would go back and forth by more than their size. ε as the weights' below.
 PCA = {"lr_factor": 0.25, "eps": 1e-6}
 
+# Rules and selections that the package does not have, and what follows them.
+REFERENCES: dict[str, type[LowBitReference]] = {}
+
 T = TypeVar("T")
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -316,7 +319,8 @@ class Follower:
         projected = {s.parameter for s in self.specs}
         views.update({n: w for n, w in self.weights.items() if n not in projected})
         options = case.options
-        self.reference = LowBitReference(
+        kind = REFERENCES.get(case.rule, REFERENCES.get(case.selection, LowBitReference))
+        self.reference = kind(
             views,
             {s.name: s.rank for s in self.specs},
             lr=options["lr"],

@@ -22,9 +22,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
-    _add_plan(commands.add_parser("plan", help="memory of each rank before a run, and what makes it fit"))
+    plan = commands.add_parser("plan", help="memory of each rank before a run, and what makes it fit")
+    _add_plan(plan)
+    for command in (inspect, plan):
+        command.add_argument(
+            "--import",
+            dest="methods",
+            action="append",
+            default=[],
+            metavar="FILE_OR_MODULE",
+            help="a file.py or module that registers rules and selections of your own; may be given again",
+        )
     args = parser.parse_args(argv)
     try:
+        if args.methods:
+            from ds_lowrank.registry import import_methods
+
+            import_methods(args.methods)
         return args.run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

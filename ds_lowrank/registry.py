@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ds_lowrank.states.layout import declare
@@ -68,3 +72,37 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: Any) -> bool:
         return name in self.names()
+
+
+def import_methods(places: Iterable[str]) -> None:
+    """Import what registers a user's own rules and selections. Every rank has to, before it makes a configuration.
+
+    Args:
+        places: paths of Python files, which end in ``.py``, or names of modules. A file is imported once.
+
+    Raises:
+        ValueError: a file does not exist, a module is not found, or what they register is refused.
+    """
+    for place in places:
+        if not place.endswith(".py"):
+            try:
+                importlib.import_module(place)
+            except ModuleNotFoundError as error:
+                raise ValueError(f"--import {place}: {error}; a file is named with its .py") from error
+            continue
+        path = Path(place).resolve()
+        if not path.is_file():
+            raise ValueError(f"--import {place}: no such file")
+        name = f"ds_lowrank_methods_{path.stem}"
+        loaded = sys.modules.get(name)
+        if loaded is not None and loaded.__file__ == str(path):
+            continue
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise

@@ -23,6 +23,7 @@ from transformers.hf_argparser import HfArg
 
 import ds_lowrank
 from ds_lowrank.integrations.galore_arguments import complete_options
+from ds_lowrank.registry import import_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN_DTYPES = ("uint16", "uint32", "int32")
@@ -159,6 +160,13 @@ class LowRankArguments:
     update_proj_gap: int | None = HfArg(default=None, help="steps between two refreshes of a basis")
     scale: float | None = HfArg(default=None, aliases=["--galore_scale"], help="factor on the low-rank update")
     proj_type: str | None = HfArg(default=None, help="side that is projected: std, reverse_std, ...")
+    methods: list[str] | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--import"],
+            "help": "files.py or modules that register rules and selections of your own, imported on every rank",
+        },
+    )
     rule: str | None = HfArg(default=None, help="how projected gradients become a direction: adamw")
     rule_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON mapping of the rule's own options"}
@@ -180,7 +188,8 @@ class LowRankArguments:
 
     def options(self, block: dict[str, Any], targets: list[str] | None) -> dict[str, Any]:
         """``block`` with the options and target modules that were given over it."""
-        given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        import_methods(self.methods or ())
+        given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None and f.name != "methods"}
         for name in ("rule_options", "selection_options"):
             if isinstance(given.get(name), str):
                 try:

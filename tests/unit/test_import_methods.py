@@ -1,0 +1,105 @@
+"""Rules and selections of a user's own: files outside the package, imported by path or by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from arguments import parse_arguments
+from torch import nn
+
+import ds_lowrank
+from ds_lowrank.registry import import_methods
+from ds_lowrank.rules import RULES
+from ds_lowrank.selections import SELECTIONS
+
+ROOT = Path(__file__).resolve().parents[2]
+LION, AXES = (str(ROOT / "tests" / "data" / "outside" / f"{name}.py") for name in ("lion", "axes"))
+BLOCK = {"rank": 32, "rule": "lion", "selection": "axes", "state_dtype": "int8"}
+
+
+@pytest.mark.parametrize("file", [LION, AXES])
+def test_a_method_is_one_file_of_thirty_lines(file):
+    text = Path(file).read_text()
+    assert len(text.splitlines()) <= 30
+    assert "distributed" not in text
+
+
+def test_a_file_is_imported_once_and_says_what_it_is():
+    import_methods([LION, AXES])
+    rule = type(RULES.make("lion"))
+    import_methods([LION, str(Path(LION).relative_to(Path.cwd())) if Path(LION).is_relative_to(Path.cwd()) else LION])
+    assert type(RULES.make("lion")) is rule
+    assert ds_lowrank.LowRankConfig(**BLOCK).rule == "lion"
+    assert "axes" in SELECTIONS
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("nowhere.py", "--import nowhere.py: no such file"), ("no_such_module", "a file is named with its .py")],
+)
+def test_what_cannot_be_imported_is_told(place, message):
+    with pytest.raises(ValueError, match=message):
+        import_methods([place])
+
+
+def test_a_file_that_takes_a_name_of_the_package_is_refused_every_time(tmp_path):
+    taken = tmp_path / "taken.py"
+    taken.write_text(Path(LION).read_text().replace('"lion"', '"adamw"'))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="there is a rule 'adamw' already"):
+            import_methods([str(taken)])
+
+
+def test_the_command_line_knows_them_after_import(tmp_path):
+    """In a process of its own, in which nothing has been imported yet."""
+    import_methods([LION, AXES])
+    model = nn.Linear(24, 40, bias=False)
+    optimizer = ds_lowrank.build_optimizer(model, {"rank": 4, **{k: v for k, v in BLOCK.items() if k != "rank"}})
+    model.weight.grad = torch.randn(40, 24)
+    optimizer.step()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    files = {}
+    for rule in ("lion", "adamw"):
+        files[rule] = tmp_path / f"{rule}.json"
+        content = json.loads((ROOT / "configs" / "zero2.json").read_text())
+        files[rule].write_text(json.dumps({**content, "lowrank": {**BLOCK, "rule": rule}}))
+    plan = ["plan", "--model_config", str(ROOT / "configs" / "llama_9m.json"), "--gpus", "2", "--gpu_memory", "8"]
+    plan += ["--json", "--deepspeed"]
+    imports = ["--import", LION, "--import", AXES]
+    calls = [[*plan, str(files["lion"])], ["inspect", str(tmp_path)]]
+    calls += [[*plan, str(files[rule]), *imports] for rule in files] + [["inspect", str(tmp_path), "--json", *imports]]
+    program = f"""
+import contextlib, io, json
+from ds_lowrank.cli import main
+for call in {calls!r}:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(call)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(said) == len(calls), done.stderr
+    unknown, unread, lion, adamw, shown = said
+    assert (unknown[0], unread[0]) == (2, 2)
+    assert "must be one of adamw" in unknown[2]
+    assert "momentum" in unread[2]
+    assert "import what registers it first" in unread[2]
+    assert [code for code, *_ in (lion, adamw, shown)] == [0, 0, 0]
+    kept = [
+        json.loads(out)["ranks"][0] if "ranks" in json.loads(out) else json.loads(out) for _, out, _ in (lion, adamw)
+    ]
+    assert kept[0] != kept[1]
+    assert "momentum" in shown[1]
+
+
+def test_the_script_imports_them_before_it_reads_the_block():
+    _, _, options, _ = parse_arguments(["--import", LION, AXES, "--rule", "lion", "--selection", "axes"])
+    assert (options["rule"], options["selection"]) == ("lion", "axes")
+    assert "methods" not in options
