@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,13 @@ def test_a_method_is_one_file_of_thirty_lines(file):
     text = Path(file).read_text()
     assert len(text.splitlines()) <= 30
     assert "distributed" not in text
+
+
+@pytest.mark.parametrize(("title", "file"), [("Add a rule", LION), ("Add a selection", AXES)])
+def test_it_is_the_example_of_contributing(title, file):
+    section = (ROOT / "CONTRIBUTING.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert block == Path(file).read_text()
 
 
 def test_a_file_is_imported_once_and_says_what_it_is():
