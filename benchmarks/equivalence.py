@@ -142,7 +142,7 @@ def case_row(pool: RankPool, variant: str, case: Case) -> Row:
 def method_row(pool: RankPool, variant: str, case: Case) -> Row:
     """The same in fewer runs."""
     case = replace(case, layers=1, gap=3, steps=7)
-    r = {"rank": 1} if case.rule == "apollo_mini" else {}
+    r: dict[str, Any] = {"rank": 1} if case.rule == "apollo_mini" else {}
     small = [_worst_rank(pool, replace(case, shapes="mixed", **{"rank": 3, **r}))]
     if case.layout in ("fsdp2", "hsdp"):
         small.append(_worst_rank(pool, replace(case, shapes="columns", wide_on_columns=True, **r)))
