@@ -154,10 +154,11 @@ class Reference:
         # What rounding makes of a minimum, as where r = short, is no slope: Adam would make full steps of it.
         row_sizes = (c @ b).norm(dim=1, keepdim=True) + penalty * b.norm(dim=1, keepdim=True)
         slope = slope.where(slope.abs() > 32 * torch.finfo(state["basis"].dtype).eps * row_sizes, 0)
+        b, slope = state["basis"], slope.to(state["basis"])
         state["basis_m"] = beta1 * state.get("basis_m", torch.zeros_like(b)) + (1 - beta1) * slope
         state["basis_v"] = beta2 * state.get("basis_v", torch.zeros_like(b)) + (1 - beta2) * slope * slope
         direction = state["basis_m"] / (1 - beta1**t) / (state["basis_v"].sqrt() / math.sqrt(1 - beta2**t) + eps)
-        state["basis"] = ((1 - lr * self.weight_decay) * b - lr * direction).to(state["basis"])
+        state["basis"] = (1 - lr * self.weight_decay) * b - lr * direction
 
     def project(self, g: Tensor, state: dict) -> Tensor:
         """R = A B; what rounding may have made of nothing, in directions that were drawn, is nothing."""

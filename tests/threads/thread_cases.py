@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import itertools
 import math
 import threading
@@ -27,6 +26,7 @@ from thread_ranks import gather_objects, run_ranks, this_rank
 from torch import Tensor, nn
 
 from ds_lowrank import LowRankAdamW, load_checkpoint
+from ds_lowrank.kernels.gaussian import gaussian_rows
 from ds_lowrank.layouts.base import Piece
 from ds_lowrank.states.formats import Formats
 
@@ -145,8 +145,9 @@ class Case:
             "layerwise": self.micro > 0,
             "accumulation_steps": max(1, self.micro),
         }
-        if "rule" in inspect.signature(LowRankAdamW).parameters:
-            found["rule"] = self.rule
+        found["rule"] = self.rule
+        # As benchmarks/cases.py has them: a step of 0.005, and ε as the weights'.
+        found["selection_options"] = {"lr_factor": 0.25, "eps": 1e-6} if self.selection == "online_pca" else {}
         return found
 
     @property
@@ -286,7 +287,10 @@ def _expected(case: Case) -> Expected:
     weights = {n: w.clone() for n, w in start.items()}
     views = matrix_views(weights, case)
     make = partial(
-        REFERENCES[case.rule],
+        REFERENCES.get(case.rule, LowBitReference),
+        rule=case.rule,
+        pca=(0.25, 0.1, 0.9, 0.999, 1e-6),
+        gaussian=lambda key, short, r: gaussian_rows(key, (0, short), r),
         lr=case.options["lr"],
         eps=case.options["eps"],
         weight_decay=case.weight_decay,
@@ -320,7 +324,7 @@ def _expected(case: Case) -> Expected:
 
 
 def _counters(state: dict[str, Any], selection: str) -> tuple[int, int, list[int] | None]:
-    drawn = selection != "random" and state["refreshes"] > 0
+    drawn = "indices" in state and state["refreshes"] > 0
     return state["t"], state["refreshes"], state["indices"].tolist() if drawn else None
 
 
@@ -436,7 +440,7 @@ class Run:
 
     def counters(self) -> dict[str, tuple[int, int, list[int] | None]]:
         """As :class:`Expected` has them; without indices where this rank computes nothing."""
-        drawn = self.case.selection != "random"
+        drawn = self.case.selection in ("dominant", "importance", "uniform")
         return {
             n: (
                 s["step"],
@@ -576,7 +580,7 @@ def whole_rows(states: list[dict[str, dict[str, Any]]]) -> dict[str, Tensor]:
             for key, value in state.items():
                 if key in ("row", "basis_row", "left"):
                     continue
-                if not isinstance(value, Tensor) or key in ("indices", "overlaps"):
+                if not isinstance(value, Tensor) or key in ("indices", "overlaps", "limiter_norm"):
                     known = single.setdefault(f"{name} {key}", torch.as_tensor(value).clone())
                     assert torch.equal(known, torch.as_tensor(value)), f"ranks keep different {key} of {name}"
                 else:
