@@ -9,6 +9,10 @@ the largest difference over 20 steps and 3 refreshes, as a share of the distance
 ``settings`` are ``package``, its own ε and some decay, which only a reference with its conventions can follow, or
 ``neutral``, where conventions agree: ε = 1e-12 and no decay. ``limited`` counts the steps that the limiter cut.
 
+``reference`` are the few lines of tests/unit/method_references.py; ``ds_lowrank`` is the optimizer itself, which gets
+bases by a selection that is registered here. Fira's it finds too, but for the signs of columns, and these say
+what moments mean once a basis changes under them.
+
 The packages are used from outside: what a basis was is read from the optimizer's state after a step.
 """
 
@@ -19,11 +23,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from table import Row, json_argument, show
 from torch import Tensor
+
+from ds_lowrank import LowRankAdamW
+from ds_lowrank.selections import Basis, Gram, Key, Selection, register
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "unit"))
 import method_references as references
@@ -156,11 +163,46 @@ def peer_reference(case: Case) -> list[Tensor]:
     return run_reference(case, raw_eps=True, decay_last=case.method != "grams")[0]
 
 
+@register
+class Given(Selection):
+    """Bases that somebody else has made."""
+
+    name = "given"
+    evidence = "none"
+    bases: ClassVar[list[Tensor]] = []  # one a refresh
+
+    def draw(
+        self, key: Key, short: int, r: int, dtype: torch.dtype, device: torch.device, gram: Gram | None = None
+    ) -> Basis:
+        vectors = self.bases[key.refresh].to(device, dtype)
+        return Basis(vectors.contiguous(), torch.full((r,), -1, dtype=torch.int32))
+
+
+def ours(case: Case) -> list[Tensor]:
+    """The optimizer, on the package's bases."""
+    return run_ours(case, Given.name)
+
+
+def run_ours(case: Case, selection: str) -> list[Tensor]:
+    """Weights after every step of the optimizer."""
+    Given.bases = case.bases
+    weight = torch.nn.Parameter(case.start.clone())
+    group = {"params": [("w", weight)], "rank": case.r, "update_proj_gap": GAP, "scale": case.alpha}
+    options: dict[str, Any] = {"rule": case.method, "selection": selection, "stagger": False, "gram_dtype": "float64"}
+    optimizer = LowRankAdamW([group], **options, **case.settings)
+    weights = []
+    for gradient in case.gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+        weights.append(weight.detach().clone())
+    return weights
+
+
 # A column a function: it repeats a case and answers with its weights after every step. Under the package's own settings
 # only what has the package's conventions can agree.
 COLUMNS: dict[str, dict[str, Callable[[Case], list[Tensor]]]] = {
     "package": {"reference": peer_reference},
-    "neutral": {"reference": reference},
+    "neutral": {"reference": reference, "ds_lowrank": ours},
 }
 
 
