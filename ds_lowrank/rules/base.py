@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ds_lowrank.states.formats import Formats
 from ds_lowrank.states.layout import Slot
+from ds_lowrank.subspace.project import row_squares
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ class Stack:
 
     def gradient_squares(self, dtype: torch.dtype) -> Tensor:
         """|∇A_i|² of every row, (rows,) in ``dtype``."""
-        parts = [torch.linalg.vector_norm(b, dim=1, dtype=dtype).square_() for blocks in self.blocks for b in blocks]
+        parts = [row_squares(block, dtype) for blocks in self.blocks for block in blocks]
+        if len(parts) == 1:
+            return parts[0]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=dtype, device=self.device)
 
     def lifted_squares(self, x: Tensor) -> Tensor:
