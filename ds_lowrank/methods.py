@@ -44,6 +44,14 @@ class Method:
         """How moments and bases are kept."""
         return self.states.formats
 
+    def keeps_drawn(self, device: torch.device | str) -> bool:
+        """Whether a rank keeps whole bases, until the next ones, that are neither stored nor sent.
+
+        A CPU takes as long to draw a number again as for its products with hundreds of rows, and has memory; a GPU
+        draws faster than it reads.
+        """
+        return not self.selection.stored and torch.device(device).type == "cpu"
+
 
 def make_method(config: LowRankConfig) -> Method:
     """The method that a configuration asks for.

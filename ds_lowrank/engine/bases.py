@@ -2,7 +2,7 @@
 
 A new basis travels as it was computed; its keepers round their rows to the format in which bases are kept, each row by
 itself. What is joined is what is kept, and every rank decodes it: the same basis, bit by bit, wherever it is used. What
-a selection does not store is made again from its key instead.
+a selection does not store is made again from its key instead, on a CPU once a refresh.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Bases:
         self._device = comm.ranks.device
         self._group = comm.ranks.shard_group
         self._everyone = range(comm.ranks.size)
+        # Those that are not stored, with the number of the refresh.
+        self._drawn: dict[str, tuple[int, Tensor]] = {}
 
     def scatter(self, plans: Sequence[MatrixPlan], drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Bring new bases from their owners to their keepers. Collective over all ranks.
@@ -78,11 +80,20 @@ class Bases:
         if isinstance(kept, Tensor) and kept.dtype == plan.dtype and kept.device == self._device:
             return kept  # as it is computed with
         if not self._method.selection.stored:
-            key = Key(self._method.seed, plan.name, number_of(state, "refreshes") - 1)
-            drawn = self._method.selection.draw(key, plan.short, plan.r, plan.dtype, self._device)
-            assert drawn is not None
-            return drawn.vectors
+            return self._draw(plan, number_of(state, "refreshes") - 1)
         return self._format.decode(self._stored(state), plan.r, plan.dtype)
+
+    def _draw(self, plan: MatrixPlan, refresh: int) -> Tensor:
+        known = self._drawn.get(plan.name)
+        if known is not None and known[0] == refresh:
+            return known[1]
+        self._drawn.pop(plan.name, None)  # before the next is made
+        key = Key(self._method.seed, plan.name, refresh)
+        found = self._method.selection.draw(key, plan.short, plan.r, plan.dtype, self._device)
+        assert found is not None
+        if self._method.keeps_drawn(self._device):
+            self._drawn[plan.name] = (refresh, found.vectors)
+        return found.vectors
 
     def join(self, plans: Sequence[MatrixPlan], states: Mapping[str, MatrixState]) -> Pending[dict[str, Tensor | None]]:
         """Whole bases of the matrices of a batch. Collective over the ranks of one copy of the model.

@@ -251,7 +251,9 @@ def _steps(
         ahead = [(0, 0, 0)] * setup.ranks if ours else [(s.temporaries, s.temporaries, 0) for s in states]
         matrices = [h for h in places.holdings if h.plan.unit == unit] if ours else []
         if matrices:
-            made = temporaries(matrices, method=setup.method, gram_width=gram_width, offload=setup.offload)
+            made = temporaries(
+                matrices, method=setup.method, gram_width=gram_width, offload=setup.offload, device=setup.device
+            )
             ahead = list(zip(made.step, made.refresh, made.solver))
         for rank, (inside, due, work) in enumerate(ahead):
             start, during = held[rank].copies.get(unit, (0, 0))

@@ -56,11 +56,13 @@ def states_of(optimizer: str, places: Arrangement, setup: Setup) -> list[States]
     if optimizer == "GaLore unsharded":
         return _galore(places, setup)
     moments = bases = torch.zeros(setup.ranks, dtype=torch.int64)
-    kept = setup.method.states
+    kept, drawn = setup.method.states, setup.method.keeps_drawn(setup.device)
     for h in places.holdings:
         of = kept.row_bytes(h.plan.r, h.plan.dtype)
         moments = moments + h.rows * of["rows"] + h.computes * of["matrix"]
         bases = bases + h.computes * h.kept * of["basis"]
+        if drawn:
+            bases = bases + h.computes * (h.plan.short * h.plan.r * h.plan.dtype.itemsize)
     if setup.state_dtype == "int8":
         rest = _codes(places)
     else:

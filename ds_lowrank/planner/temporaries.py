@@ -41,7 +41,9 @@ class Temporaries:
     solver: list[int]
 
 
-def temporaries(held: Sequence[Holding], *, method: Method, gram_width: int, offload: bool = False) -> Temporaries:
+def temporaries(
+    held: Sequence[Holding], *, method: Method, gram_width: int, offload: bool = False, device: str = "cuda"
+) -> Temporaries:
     """What stepping matrices, all of one call of ``step()``, holds on every rank.
 
     Args:
@@ -49,21 +51,23 @@ def temporaries(held: Sequence[Holding], *, method: Method, gram_width: int, off
         method: rule, selection and what they keep.
         gram_width: bytes of a number of a Gram.
         offload: whether weights, gradients and states lie on the CPU and visit the device one matrix at a time.
+        device: on which it is computed.
     """
+    new_bases = not method.selection.stored and not method.keeps_drawn(device)
     by_name = {h.plan.name: h for h in held}
     ranks = len(held[0].plan.copy)
     nothing = torch.zeros(ranks, dtype=torch.int64)
     batches = [[by_name[p.name] for p in batch] for batch in batches_of(h.plan for h in held)]
     moved = [batch for batch in batches if batch[0].plan.shared]
-    alone = (_Batch(batch, method, offload) for batch in batches if not batch[0].plan.shared)
-    pipeline = _pipeline([_Batch(batch, method, offload) for batch in moved])
+    alone = (_Batch(batch, method, offload, new_bases) for batch in batches if not batch[0].plan.shared)
+    pipeline = _pipeline([_Batch(batch, method, offload, new_bases) for batch in moved])
     step = _most([pipeline, *(batch.stepping + batch.bases for batch in alone)], nothing)
     refresh = solver = nothing
     for wave in waves_of([h.plan for h in held]):
         due = {p.name for p in wave}
         # What one rank holds alone steps later, with all that is not due.
         parts = [part for batch in moved if (part := [h for h in batch if h.plan.name in due])]
-        stepping = [_Batch(part, method, offload) for part in parts]
+        stepping = [_Batch(part, method, offload, new_bases) for part in parts]
         highest, work = _wave([by_name[p.name] for p in wave], stepping, gram_width, method.selection)
         higher = (highest > refresh) | ((highest == refresh) & (work > solver))
         refresh, solver = torch.where(higher, highest, refresh), torch.where(higher, work, solver)
@@ -90,7 +94,7 @@ class _Batch:
             or brought here some rows at a time.
     """
 
-    def __init__(self, held: Sequence[Holding], method: Method, offload: bool):
+    def __init__(self, held: Sequence[Holding], method: Method, offload: bool, new_bases: bool):
         nothing = torch.zeros_like(held[0].rows)
         self.buffered = self.leaving = self.gathered = self.bases = self.stepping = some = nothing
         for h in held:
@@ -99,7 +103,7 @@ class _Batch:
             self.buffered = self.buffered + h.buffer * width
             if plan.moves:
                 self.leaving = self.leaving + (h.part - h.view) * width
-            gathered, whole = _basis(plan, method, offload)
+            gathered, whole = _basis(plan, method, offload, new_bases)
             self.gathered, self.bases = self.gathered + h.computes * gathered, self.bases + h.computes * whole
             # Narrow slots are widened where they lie. What is refined has a sum ∇Aᵀ R of the rows here, and a part of
             # that of all.
@@ -161,11 +165,11 @@ def _widened(kept: StateLayout, r: int) -> int:
     )
 
 
-def _basis(plan: MatrixPlan, method: Method, offload: bool) -> tuple[int, int]:
+def _basis(plan: MatrixPlan, method: Method, offload: bool, new: bool) -> tuple[int, int]:
     """Bytes of a basis that is on its way, and of a whole one beside what is kept of it, on a rank that uses it."""
     basis = plan.short * plan.r * plan.dtype.itemsize
     if not method.selection.stored:
-        return 0, basis  # made anew
+        return 0, basis if new else 0  # made in every step
     stored = method.states.format(BASIS.name)
     if plan.basis_sharded:
         return stored.bytes(plan.short, plan.r, plan.dtype), basis
