@@ -101,7 +101,7 @@ def row_squares(a: Tensor, dtype: torch.dtype) -> Tensor:
     if a.device.type != "cpu" or a.stride(1) == 1:
         return torch.linalg.vector_norm(a, dim=1, dtype=dtype).square_()
     # Of a wide matrix, whose columns are the rows here, torch's norm takes one number after the other on a CPU: 10 to
-    # 20 times as long as these sums, and longer than a product with the basis.
+    # 20 times as long as these sums.
     columns = a.mT
     count = max(1, _SUMMED // max(1, columns.shape[1]))
     sums = torch.zeros(min(count, len(columns)), columns.shape[1], dtype=dtype)
