@@ -44,7 +44,8 @@ class LowBitReference(Reference):
         super().refresh(name, g, state)
         if state["refreshes"] == before["refreshes"]:
             return
-        state["basis"] = rounded(self.formats.basis, state["basis"])
+        if self.selection != "gaussian":  # which is made again, and not kept
+            state["basis"] = rounded(self.formats.basis, state["basis"])
         if self.moments == "project" and "m" in before:
             state["m"] = rounded(self.formats.exp_avg, before["m"] @ (before["basis"].T @ state["basis"]))
 

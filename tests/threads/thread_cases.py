@@ -35,6 +35,15 @@ REFERENCES: dict[str, type[LowBitReference]] = {"adamw": LowBitReference}
 RULES = tuple(REFERENCES)
 SELECTIONS = ("importance", "dominant", "uniform", "random")
 MOMENTS = ("keep", "project")
+# Of the other rules and selections those that test_thread_method_layouts.py takes through every layout.
+METHODS: dict[str, dict[str, Any]] = {
+    "grams": {"rule": "grams"},
+    "fira": {"rule": "fira"},
+    "apollo": {"rule": "apollo", "selection": "gaussian"},
+    "apollo_mini": {"rule": "apollo_mini", "selection": "random"},
+    "adamw-gaussian": {"selection": "gaussian"},
+    "online_pca": {"selection": "online_pca"},
+}
 
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     # tall, wide, square; sizes that leave every boundary between 2, 3 and 4 ranks in the middle of a row
