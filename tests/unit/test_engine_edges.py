@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import MutableMapping
 from types import SimpleNamespace
 from typing import Any
@@ -172,3 +175,40 @@ def test_zeros_in_the_place_of_a_missing_gradient_go_with_the_step(monkeypatch):
     take(optimizer, weights, range(1, 2))
     assert len(made) == 3
     assert stepper._held._missing == {}
+
+
+def test_a_batch_steps_the_moments_that_are_there_now():
+    """Not those in whose place someone has put others, one matrix at a time."""
+    changed, replaced = weights_of(), weights_of()
+    for weights in (changed, replaced):
+        optimizer = optimizer_of(weights)
+        take(optimizer, weights, range(2))
+        state = optimizer.state["lowrank"]["w1"]
+        if weights is changed:
+            state["exp_avg"].zero_()
+        else:
+            state["exp_avg"] = torch.zeros_like(state["exp_avg"])
+        take(optimizer, weights, range(2, 4))
+    assert all(map(torch.equal, changed, replaced))
+
+
+def test_states_that_a_load_has_replaced_are_let_go():
+    weights = weights_of()
+    optimizer = optimizer_of(weights)
+    take(optimizer, weights, range(2))
+    before = weakref.ref(optimizer.state["lowrank"]["w1"]["exp_avg"]._base)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    gc.collect()
+    assert before() is None
+
+
+def test_which_directions_were_drawn_is_asked_again_after_a_refresh():
+    weights = weights_of(1)
+    optimizer = optimizer_of(weights, selection="dominant", update_proj_gap=1)
+    generator = torch.Generator().manual_seed(0)
+    for directions in (6, 1):
+        left, right = (torch.randn(shape, generator=generator) for shape in ((9, directions), (directions, 6)))
+        weights[0].grad = left @ right
+        optimizer.step()
+    stepper: Any = optimizer._stepper
+    assert stepper._drawn("w0", optimizer.state["lowrank"]["w0"]).tolist() == [False, True, True]
