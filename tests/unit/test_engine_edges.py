@@ -212,3 +212,18 @@ def test_which_directions_were_drawn_is_asked_again_after_a_refresh():
         optimizer.step()
     stepper: Any = optimizer._stepper
     assert stepper._drawn("w0", optimizer.state["lowrank"]["w0"]).tolist() == [False, True, True]
+
+
+def test_what_was_accumulated_is_used_up_by_the_step():
+    """Between two steps a group may be added, before ``zero_grad()`` too: within a backward pass it is refused."""
+    weights = weights_of()
+    optimizer = optimizer_of(weights, layerwise=True, accumulation_steps=2)
+    optimizer.ensure_state()
+    for step in range(2):  # the first is due: gradients themselves are accumulated
+        for _ in range(2):
+            torch.stack([weight.square().sum() for weight in weights]).sum().backward()
+        if step:
+            with pytest.raises(ValueError, match="add a parameter group before the first backward pass"):
+                optimizer.add_param_group({"params": [("late", weights_of(1)[0])], "rank": 3})
+        optimizer.step()
+    optimizer.add_param_group({"params": [("late", weights_of(1)[0])], "rank": 3})
