@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ds_lowrank.config import LowRankConfig
-from ds_lowrank.planner.arrangement import Arrangement, find_places
+from ds_lowrank.planner.arrangement import Arrangement, arrange
 from ds_lowrank.planner.memory import MemoryPlan, check_gpu_memory, plan_setup
 from ds_lowrank.planner.model import Model
 from ds_lowrank.planner.setup import Setup
@@ -44,14 +44,14 @@ def advise(model: Model, config: LowRankConfig, setup: Setup, gpu_memory: float,
         ValueError: see :func:`ds_lowrank.planner.memory.check_gpu_memory`.
     """
     check_gpu_memory(gpu_memory, margin)
-    places: dict[tuple[str, int, str, int], Arrangement] = {}
+    arrangements: dict[tuple[str, int, str, int], Arrangement] = {}
 
     @functools.cache  # changes are tried one by one, and then together
     def planned(run: Setup) -> MemoryPlan:
         cut = (run.kind, run.ranks, run.master, run.sub_group)
-        if cut not in places:
-            places[cut] = find_places(model, config, run)
-        return plan_setup(model, config, run, places[cut])
+        if cut not in arrangements:
+            arrangements[cut] = arrange(model, config, run)
+        return plan_setup(model, config, run, arrangements[cut])
 
     if planned(setup).fits(gpu_memory, margin=margin):
         return []

@@ -52,7 +52,7 @@ class Arrangement:
         return found
 
 
-def find_places(model: Model, config: LowRankConfig, setup: Setup) -> Arrangement:
+def arrange(model: Model, config: LowRankConfig, setup: Setup) -> Arrangement:
     """Groups, pieces and plans as the optimizer will make them.
 
     Raises:

@@ -56,12 +56,12 @@ class Frame:
     host: int = 0
 
 
-def frames(model: Model, places: Arrangement, setup: Setup) -> list[Frame]:
+def frames(model: Model, arrangement: Arrangement, setup: Setup) -> list[Frame]:
     """What the framework of ``setup`` holds on each rank."""
     if setup.kind in ("zero1", "zero2"):
-        return _zero12(model, places, setup)
+        return _zero12(model, arrangement, setup)
     if setup.kind == "zero3":
-        alike = _zero3(model, places, setup)
+        alike = _zero3(model, arrangement, setup)
     elif setup.kind == "fsdp2":
         alike = _fsdp2(model, setup)
     else:
@@ -73,9 +73,9 @@ def _largest(shapes: Iterable[Shape]) -> int:
     return max(map(math.prod, shapes))
 
 
-def _zero12(model: Model, places: Arrangement, setup: Setup) -> list[Frame]:
+def _zero12(model: Model, arrangement: Arrangement, setup: Setup) -> list[Frame]:
     b, m, n = setup.width, setup.master_width, setup.ranks
-    partitions = [partition_size(group, n) for group in places.groups]
+    partitions = [partition_size(group, n) for group in arrangement.groups]
     weights = sum(size * n for size in partitions) * b + model.buffer_bytes
     apart = setup.accumulation_dtype == "fp32" and setup.dtype != "fp32"  # one fp32 buffer a partition
     largest = _largest(model.shapes.values())
@@ -125,7 +125,7 @@ def _zero12(model: Model, places: Arrangement, setup: Setup) -> list[Frame]:
             copies=copies,
         )
 
-    return [on_rank(held) for held in places.pieces]
+    return [on_rank(held) for held in arrangement.pieces]
 
 
 def _sending(numels: list[int], setup: Setup) -> int:
@@ -151,7 +151,7 @@ def _sent_of(model: Model, setup: Setup) -> tuple[int, dict[int, int], int]:
     return layers, by_layer, rest
 
 
-def _zero3(model: Model, places: Arrangement, setup: Setup) -> Frame:
+def _zero3(model: Model, arrangement: Arrangement, setup: Setup) -> Frame:
     b, m = setup.width, setup.master_width
     share = {name: padded_share(shape, setup) for name, shape in model.shapes.items()}
     total = sum(share.values())
@@ -162,7 +162,7 @@ def _zero3(model: Model, places: Arrangement, setup: Setup) -> Frame:
     live = live_elements(model, setup)
     sending, by_layer, at_end = _sent_of(model, setup)
     copies = {}
-    for unit, names in places.units().items():
+    for unit, names in arrangement.units().items():
         size = sum(share[name] for name in names)
         start = m * size + (g * size if g != m else 0)
         copies[unit] = (start, m * size)

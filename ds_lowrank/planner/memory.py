@@ -15,7 +15,7 @@ from ds_lowrank.config import LowRankConfig
 from ds_lowrank.engine.evidence import gram_dtype_on
 from ds_lowrank.layouts import BF16_MASTER
 from ds_lowrank.planner.activations import Activations, activations
-from ds_lowrank.planner.arrangement import Arrangement, find_places
+from ds_lowrank.planner.arrangement import Arrangement, arrange
 from ds_lowrank.planner.frameworks import Frame, frames
 from ds_lowrank.planner.model import Model, read_model
 from ds_lowrank.planner.setup import Setup, from_deepspeed, from_fsdp, low_rank_config
@@ -170,24 +170,24 @@ def plan_memory(
     return plan_setup(known, config, setup.of(config))
 
 
-def plan_setup(model: Model, config: LowRankConfig, setup: Setup, places: Arrangement | None = None) -> MemoryPlan:
+def plan_setup(model: Model, config: LowRankConfig, setup: Setup, arrangement: Arrangement | None = None) -> MemoryPlan:
     """Plan a run that has been described already; see :func:`plan_memory`.
 
     Args:
         model, config, setup: the run.
-        places: what lies where in it, which ``kind``, ``ranks``, ``master`` and ``sub_group`` decide; found where
+        arrangement: what lies where in it, which ``kind``, ``ranks``, ``master`` and ``sub_group`` decide; found where
             ``None``.
     """
-    places = places or find_places(model, config, setup)
+    arrangement = arrangement or arrange(model, config, setup)
     alive = None
     if model.decoder is not None:
         alive = activations(model.decoder, setup.tokens, setup.width, setup.checkpointing)
-    held = frames(model, places, setup)
+    held = frames(model, arrangement, setup)
     gram_width = gram_dtype_on(config.gram_dtype, torch.device(setup.device)).itemsize
     found = {}
     for optimizer in OPTIMIZERS:
-        states = states_of(optimizer, places, setup)
-        steps = _steps(optimizer, places, setup, held, states, gram_width)
+        states = states_of(optimizer, arrangement, setup)
+        steps = _steps(optimizer, arrangement, setup, held, states, gram_width)
         # Many ranks hold the same: the first that needs most stands for them.
         ranks = {alike: k for k, alike in reversed(list(enumerate(zip(map(id, held), states, steps))))}
         memories = [_on_rank(optimizer, setup, held[k], alive, k, states[k], steps[k]) for k in sorted(ranks.values())]
@@ -241,15 +241,15 @@ def _on_rank(
 
 
 def _steps(
-    optimizer: str, places: Arrangement, setup: Setup, held: list[Frame], states: list[States], gram_width: int
+    optimizer: str, arrangement: Arrangement, setup: Setup, held: list[Frame], states: list[States], gram_width: int
 ) -> list[tuple[int, int, int]]:
     """The most in a call of ``step()`` on each rank: an ordinary one, one with refreshes, and of that the solver's
     workspace."""
     ours = optimizer == OPTIMIZERS[-1]
     found = [(0, 0, 0)] * setup.ranks
-    for unit in places.units():
+    for unit in arrangement.units():
         ahead = [(0, 0, 0)] * setup.ranks if ours else [(s.temporaries, s.temporaries, 0) for s in states]
-        matrices = [h for h in places.holdings if h.plan.unit == unit] if ours else []
+        matrices = [h for h in arrangement.holdings if h.plan.unit == unit] if ours else []
         if matrices:
             made = temporaries(
                 matrices, method=setup.method, gram_width=gram_width, offload=setup.offload, device=setup.device

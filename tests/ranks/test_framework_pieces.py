@@ -19,7 +19,7 @@ from ds_lowrank.config import LowRankConfig
 from ds_lowrank.layouts.base import Piece
 from ds_lowrank.layouts.cuts import chunk_piece, flat_pieces, slice_piece
 from ds_lowrank.planner import Setup, from_deepspeed, read_model
-from ds_lowrank.planner.arrangement import find_places
+from ds_lowrank.planner.arrangement import arrange
 
 PLACES = [(layout, ranks) for layout in ("ddp", *ZERO_STAGE, "fsdp2") for ranks in (2, 3, 4)] + [("hsdp", 4)]
 
@@ -36,10 +36,10 @@ def test_ranks_hold_what_the_functions_say(pools, layout, ranks, shapes):
         setup = Setup(layout, ranks, dtype="fp32", communication_dtype="fp32")
         if layout in ZERO_STAGE:
             setup, _ = from_deepspeed(deepspeed_config(case), ranks, 0, state_dtype=case.state_dtype)
-        places = find_places(model, LowRankConfig.from_dict(case.options), setup)
+        arrangement = arrange(model, LowRankConfig.from_dict(case.options), setup)
         for rank, answer in enumerate(answers):
-            assert places.pieces[rank] == answer["pieces"]
-            assert repr(places.plans) == answer["plans"]
+            assert arrangement.pieces[rank] == answer["pieces"]
+            assert repr(arrangement.plans) == answer["plans"]
 
 
 @pytest.mark.parametrize(("layout", "ranks"), [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)])

@@ -13,7 +13,7 @@ from tiers import slow_except
 
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.planner import Setup, from_deepspeed, plan_setup, read_model
-from ds_lowrank.planner.arrangement import find_places
+from ds_lowrank.planner.arrangement import arrange
 from ds_lowrank.planner.frameworks import frames
 from ds_lowrank.planner.states import states_of
 
@@ -47,10 +47,10 @@ def _compare(pools, case: Case) -> None:
         else:
             setup = Setup(layout, 2, dtype="fp32", communication_dtype="fp32")
         setup = setup.replace(state_dtype=case.state_dtype)
-        places = find_places(model, LowRankConfig.from_dict(case.options), setup)
-        assert places.pieces[rank] == pieces
-        assert repr(places.plans) == plans
-        held, states = frames(model, places, setup)[rank], states_of("ds_lowrank", places, setup)[rank]
+        arrangement = arrange(model, LowRankConfig.from_dict(case.options), setup)
+        assert arrangement.pieces[rank] == pieces
+        assert repr(arrangement.plans) == plans
+        held, states = frames(model, arrangement, setup)[rank], states_of("ds_lowrank", arrangement, setup)[rank]
         expected = {"weights": held.weights, "master": held.master, "states": states.moments, "bases": states.bases}
         assert found == {f"between steps: {term}": count for term, count in expected.items()}
         assert plan_setup(model, LowRankConfig.from_dict(case.options), setup).ours.resident > held.weights
