@@ -64,6 +64,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--master_dtype", choices=("fp32", "bf16"), help="bf16: no fp32 master; default: the DeepSpeed JSON's, or fp32"
     )
     parser.add_argument("--rank", type=int, help="default: that of the configuration's lowrank block")
+    parser.add_argument("--rule", help="default: the lowrank block's, or adamw")
+    parser.add_argument("--selection", help="default: the lowrank block's, or importance")
     parser.add_argument(
         "--state_dtype", choices=("fp32", "bf16", "int8"), help="of moments; default: the lowrank block's, or fp32"
     )
@@ -95,6 +97,7 @@ def _plan(args: argparse.Namespace) -> int:
         deepspeed=args.deepspeed,
         fsdp_config=args.fsdp_config,
         rank=args.rank,
+        lowrank={name: value for name in ("rule", "selection") if (value := getattr(args, name)) is not None},
         seq=args.seq,
         micro_batch=args.micro_batch,
         accumulation=args.accumulation,

@@ -15,9 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from ds_lowrank.methods import make_method
-from ds_lowrank.rules import RULES
-from ds_lowrank.selections import SELECTIONS
-from ds_lowrank.selections.carry import CARRIES
 from ds_lowrank.states.formats import BASIS_DTYPES, STATE_DTYPES
 from ds_lowrank.subspace.sides import PROJ_TYPES
 
@@ -106,9 +103,6 @@ class LowRankConfig:
             _require_positive_int(f"rank_pattern[{pattern!r}]", rank)
         for option, allowed in (
             ("proj_type", PROJ_TYPES),
-            ("rule", RULES.names()),
-            ("selection", SELECTIONS.names()),
-            ("moments", CARRIES.names()),
             ("gram_dtype", GRAM_DTYPES),
             ("gradient_dtype", GRADIENT_DTYPES),
             ("state_dtype", STATE_DTYPES),
@@ -125,7 +119,7 @@ class LowRankConfig:
         for option in ("rule_options", "selection_options"):
             if not isinstance(getattr(self, option), Mapping):
                 raise ValueError(f"lowrank.{option} must map options to numbers, got {getattr(self, option)!r}")
-        make_method(self)  # refuses what does not go together
+        make_method(self)  # refuses unknown names, and what does not go together
         self._check_targets()
         self._check_adamw()
 
@@ -249,8 +243,7 @@ def _require_positive_int(option: str, value: Any) -> None:
 
 def _require_choice(option: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        papers = " (SARA is importance, GaLore is dominant)" if option == "selection" else ""
-        raise ValueError(f"lowrank.{option} must be one of {', '.join(allowed)}{papers}, got {value!r}")
+        raise ValueError(f"lowrank.{option} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def _require_pattern(option: str, pattern: str) -> None:

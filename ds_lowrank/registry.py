@@ -21,11 +21,13 @@ class Registry(Generic[T]):
     Args:
         option: the configuration's option that names them.
         own: name -> module of the package's own.
+        papers: names that papers have for some of them, for the error where one of these is asked for.
     """
 
-    def __init__(self, option: str, own: dict[str, str]):
+    def __init__(self, option: str, own: dict[str, str], papers: str = ""):
         self._option = option
         self._own = own
+        self._papers = papers
         self._classes: dict[str, type[T]] = {}
 
     def register(self, cls: type[T]) -> type[T]:
@@ -38,8 +40,8 @@ class Registry(Generic[T]):
         if not isinstance(name, str) or not name:
             raise ValueError(f"{cls.__name__} needs a class attribute 'name', by which {self._option} asks for it")
         known = self._classes.get(name)
-        place = (cls.__module__, cls.__qualname__)
-        if (known is not None and (known.__module__, known.__qualname__) != place) or (
+        origin = (cls.__module__, cls.__qualname__)
+        if (known is not None and (known.__module__, known.__qualname__) != origin) or (
             name in self._own and self._own[name] != cls.__module__
         ):
             raise ValueError(f"there is a {self._option} {name!r} already: give {cls.__name__} another name")
@@ -58,9 +60,13 @@ class Registry(Generic[T]):
             ValueError: there is none.
         """
         if name not in self.names():
-            near = difflib.get_close_matches(str(name), self.names(), n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"there is no {self._option} {name!r}{hint} Known: {', '.join(self.names())}")
+            near = difflib.get_close_matches(str(name), self.names(), n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            papers = f" ({self._papers})" if self._papers else ""
+            raise ValueError(
+                f"lowrank.{self._option} must be one of {', '.join(self.names())}{papers}, got {name!r}{hint} One of "
+                "your own is known once its file is imported: --import FILE.py on command lines, import in a program"
+            )
         if name not in self._classes:
             importlib.import_module(self._own[name])
         return self._classes[name]()
@@ -74,25 +80,25 @@ class Registry(Generic[T]):
         return name in self.names()
 
 
-def import_methods(places: Iterable[str]) -> None:
+def import_methods(sources: Iterable[str]) -> None:
     """Import what registers a user's own rules and selections. Every rank has to, before it makes a configuration.
 
     Args:
-        places: paths of Python files, which end in ``.py``, or names of modules. A file is imported once.
+        sources: paths of Python files, which end in ``.py``, or names of modules. A file is imported once.
 
     Raises:
         ValueError: a file does not exist, a module is not found, or what they register is refused.
     """
-    for place in places:
-        if not place.endswith(".py"):
+    for source in sources:
+        if not source.endswith(".py"):
             try:
-                importlib.import_module(place)
+                importlib.import_module(source)
             except ModuleNotFoundError as error:
-                raise ValueError(f"--import {place}: {error}; a file is named with its .py") from error
+                raise ValueError(f"--import {source}: {error}; a file is named with its .py") from error
             continue
-        path = Path(place).resolve()
+        path = Path(source).resolve()
         if not path.is_file():
-            raise ValueError(f"--import {place}: no such file")
+            raise ValueError(f"--import {source}: no such file")
         name = f"ds_lowrank_methods_{path.stem}"
         loaded = sys.modules.get(name)
         if loaded is not None and loaded.__file__ == str(path):

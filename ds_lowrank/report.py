@@ -32,7 +32,7 @@ class Report:
         moved: of which rows have to move in every step.
         state_bytes: optimizer state of each rank: what is kept of matrices, and AdamW's moments of the rest.
         adamw_bytes: what full-rank AdamW would hold on each rank under the same sharding.
-        gap, selection: as configured.
+        gap, selection: as configured; gap 0: bases are not refreshed, they move in every step.
         notes: what the framework does unasked.
         rule: as configured.
         slots: what is kept of every matrix, and as what.
@@ -126,7 +126,7 @@ def make_report(optimizer: LowRankAdamW) -> Report:
         moved=sum(p.moves for p in plans),
         state_bytes=[state + full for state in low],
         adamw_bytes=[2 * count + theirs for count in held],
-        gap=plans[0].gap,
+        gap=plans[0].gap if optimizer.method.selection.periodic else 0,
         selection=optimizer.config.selection,
         notes=tuple(optimizer.notes),
         rule=optimizer.config.rule,
@@ -137,7 +137,8 @@ def make_report(optimizer: LowRankAdamW) -> Report:
 def print_report(report: Report, console: Console | None = None, most_names: int = 6) -> None:
     """Print a report as the table that a run shows before its first step."""
     console = console or Console(width=110, highlight=False)
-    table = Table(title=f"ds_lowrank: {report.selection} subspaces, refreshed every {report.gap} steps", min_width=76)
+    when = f"refreshed every {report.gap} steps" if report.gap else "which move in every step"
+    table = Table(title=f"ds_lowrank: {report.selection} subspaces, {when}", min_width=76)
     table.add_column("projected matrices")
     for heading in ("count", "rank", "weights"):
         table.add_column(heading, justify="right")

@@ -164,14 +164,20 @@ class LowRankArguments:
         default=None,
         metadata={
             "aliases": ["--import"],
-            "help": "files.py or modules that register rules and selections of your own, imported on every rank",
+            "action": "extend",  # it may be given again, as to ds-lowrank
+            "help": "files.py or modules that register rules and selections of your own, imported on every rank; may "
+            "be given again",
         },
     )
-    rule: str | None = HfArg(default=None, help="how projected gradients become a direction: adamw")
+    rule: str | None = HfArg(
+        default=None, help="how gradients become a direction: adamw, grams, fira, apollo, apollo_mini"
+    )
     rule_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON mapping of the rule's own options"}
     )
-    selection: str | None = HfArg(default=None, help="importance (SARA), dominant (GaLore), uniform or random")
+    selection: str | None = HfArg(
+        default=None, help="importance (SARA), dominant (GaLore), uniform, random, gaussian (APOLLO) or online_pca"
+    )
     selection_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON mapping of the selection's own options"}
     )

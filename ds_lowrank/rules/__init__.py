@@ -14,6 +14,7 @@ RULES: Registry[Rule] = Registry(
         "fira": "ds_lowrank.rules.fira",
         "grams": "ds_lowrank.rules.grams",
     },
+    papers="SARA and GaLore step by adamw",
 )
 register = RULES.register
 

@@ -15,6 +15,7 @@ SELECTIONS: Registry[Selection] = Registry(
         "gaussian": "ds_lowrank.selections.gaussian",
         "online_pca": "ds_lowrank.selections.online_pca",
     },
+    papers="SARA is importance, GaLore is dominant",
 )
 register = SELECTIONS.register
 

@@ -182,7 +182,8 @@ def saved_layout(dtypes: Mapping[str, torch.dtype]) -> StateLayout | None:
             formats["basis_dtype" if slot.format == "basis" else "state_dtype"] = name
     if foreign:
         raise ValueError(
-            f"keeps {', '.join(foreign)}, which no registered rule or selection does: import what registers it first"
+            f"keeps {', '.join(foreign)}, which no registered rule or selection does: import what registers it first "
+            "(--import FILE.py on command lines)"
         )
     # A method may keep nothing at all, and still says which directions its basis has.
     return StateLayout(slots, Formats(**formats)) if slots or "indices" in dtypes else None

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import HfArgumentParser
 
 import ds_lowrank
 from ds_lowrank.registry import import_methods
@@ -20,7 +21,7 @@ from ds_lowrank.selections import SELECTIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
-from arguments import parse_arguments
+from arguments import LowRankArguments, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 LION, AXES = (str(ROOT / "tests" / "data" / "outside" / f"{name}.py") for name in ("lion", "axes"))
@@ -51,12 +52,12 @@ def test_a_file_is_imported_once_and_says_what_it_is():
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("source", "message"),
     [("nowhere.py", "--import nowhere.py: no such file"), ("no_such_module", "a file is named with its .py")],
 )
-def test_what_cannot_be_imported_is_told(place, message):
+def test_what_cannot_be_imported_is_told(source, message):
     with pytest.raises(ValueError, match=message):
-        import_methods([place])
+        import_methods([source])
 
 
 def test_a_file_that_takes_a_name_of_the_package_is_refused_every_time(tmp_path):
@@ -86,6 +87,7 @@ def test_the_command_line_knows_them_after_import(tmp_path):
     imports = ["--import", LION, "--import", AXES]
     calls = [[*plan, str(files["lion"])], ["inspect", str(tmp_path)]]
     calls += [[*plan, str(files[rule]), *imports] for rule in files] + [["inspect", str(tmp_path), "--json", *imports]]
+    calls += [[*plan, str(files["adamw"]), *imports, "--rule", "lion"]]
     program = f"""
 import contextlib, io, json
 from ds_lowrank.cli import main
@@ -98,7 +100,7 @@ for call in {calls!r}:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(said) == len(calls), done.stderr
-    unknown, unread, lion, adamw, shown = said
+    unknown, unread, lion, adamw, shown, asked = said
     assert (unknown[0], unread[0]) == (2, 2)
     assert "must be one of adamw" in unknown[2]
     assert "momentum" in unread[2]
@@ -110,9 +112,16 @@ for call in {calls!r}:
     # Lion keeps one moment of two: 4 layers of (4 · 128 + 3 · 352) rows of A on two ranks, 32 codes and a scale each.
     assert states[1] - states[0] == 4 * (4 * 128 + 3 * 352) * (32 + 4) // 2
     assert "momentum" in shown[1]
+    assert json.loads(asked[1])["optimizers"] == json.loads(lion[1])["optimizers"]
 
 
 def test_the_script_imports_them_before_it_reads_the_block():
     _, _, options, _ = parse_arguments(["--import", LION, AXES, "--rule", "lion", "--selection", "axes"])
     assert (options["rule"], options["selection"]) == ("lion", "axes")
     assert "methods" not in options
+
+
+@pytest.mark.parametrize("imports", [["--import", LION, AXES], ["--import", LION, "--import", AXES]])
+def test_the_script_takes_several_files_at_once_and_one_by_one(imports):
+    (parsed,) = HfArgumentParser(LowRankArguments).parse_args_into_dataclasses(imports)
+    assert parsed.methods == [LION, AXES]

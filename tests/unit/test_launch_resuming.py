@@ -104,7 +104,7 @@ def compared(capsys, before: dict, here: dict) -> str:
         ({}, {"selection": SELECTIONS[0]}, "'adamw' and selection 'importance' (exp_avg, exp_avg_sq, basis)"),
         ({"rule": "toy"}, {}, "rule 'toy' and selection 'importance' (toy_m, toy_v, toy_norm, toy_mean, basis)"),
         ({"rule": None, "selection": None}, {"rule": "toy"}, "written with rule 'adamw' and selection 'importance'"),
-        ({"rule": "of_nobody"}, {}, "there is no rule 'of_nobody'"),
+        ({"rule": "of_nobody"}, {}, "got 'of_nobody'"),
     ],
 )
 def test_a_method_that_keeps_something_else_is_refused(capsys, before, here, text):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 from storage import state_bytes
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
@@ -101,6 +102,18 @@ def test_a_run_trains_in_subspaces_and_reports(tmp_path, capsys, caplog):
     assert "start anew" not in caplog.text  # accelerate loads back the empty state that it took from the optimizer
     found = ds_lowrank.metrics(run.optimizer)
     assert found["lowrank/refreshes"] == 14
+
+
+@pytest.mark.parametrize(
+    ("selection", "when"), [("dominant", "refreshed every 9 steps"), ("online_pca", "which move in every step")]
+)
+def test_the_report_says_when_bases_change(selection, when):
+    from ds_lowrank.report import make_report, print_report
+
+    options = {"rank": 4, "selection": selection, "update_proj_gap": 9}
+    console = Console(record=True, width=110)
+    print_report(make_report(ds_lowrank.build_optimizer(model(), options, lr=0.1)), console)
+    assert f"{selection} subspaces, {when}" in console.export_text()
 
 
 def test_the_printed_bytes_are_the_measured_ones():
