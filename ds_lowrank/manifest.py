@@ -75,8 +75,8 @@ def file_sizes(folder: str | Path) -> dict[str, int]:
     return found
 
 
-def deal(sizes: Mapping[str, int], shares: int) -> list[list[str]]:
-    """Deal files out so that every share has about as many bytes. The same on every rank.
+def share_out(sizes: Mapping[str, int], shares: int) -> list[list[str]]:
+    """Share files out so that every share has about as many bytes. The same on every rank.
 
     Args:
         sizes: bytes of each file.
@@ -85,13 +85,13 @@ def deal(sizes: Mapping[str, int], shares: int) -> list[list[str]]:
     Returns:
         The names of each share.
     """
-    dealt: list[list[str]] = [[] for _ in range(shares)]
+    found: list[list[str]] = [[] for _ in range(shares)]
     loads = [0] * shares
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         lightest = loads.index(min(loads))
-        dealt[lightest].append(name)
+        found[lightest].append(name)
         loads[lightest] += sizes[name]
-    return dealt
+    return found
 
 
 def digests(folder: str | Path, names: Iterable[str], sync: bool = False) -> dict[str, FileDigest]:
@@ -211,7 +211,7 @@ def verify(folder: str | Path, share: tuple[int, int] = (0, 1)) -> Manifest:
     manifest = read_marker(root)
     check_links(root)
     rank, ranks = share
-    mine = set(deal({name: file.size for name, file in manifest.files.items()}, ranks)[rank])
+    mine = set(share_out({name: file.size for name, file in manifest.files.items()}, ranks)[rank])
     problems = []
     for name, file in manifest.files.items():
         problem = _compare(root / name, file, with_digest=name in mine)

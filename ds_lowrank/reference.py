@@ -108,7 +108,7 @@ class Reference:
         if state["t"] == 0 or (periodic and (state["t"] - state["phase"]) % self.gap == 0):
             self.refresh(name, g, state)
         if state["refreshes"] == 0:
-            return  # its gradient has always been zero: unborn, no counter, no update, no decay
+            return  # its gradient has always been zero: no counter, no update, no decay
         state["t"] += 1
         update = self.update(g, self.project(g, state), state)
         w.mul_(1 - self.lr * self.weight_decay)

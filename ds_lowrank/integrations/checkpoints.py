@@ -200,7 +200,7 @@ def complete(folder: str | Path, facts: dict[str, Any]) -> None:
     together(lambda: None, "writing a checkpoint")  # every rank has written
     what = f"completing {folder}"
     sizes = on_rank_0(lambda: manifest.file_sizes(folder), what)
-    share = manifest.deal(sizes, _ranks())[_rank()]
+    share = manifest.share_out(sizes, _ranks())[_rank()]
     parts = together(lambda: manifest.digests(folder, share, sync=True), what)
     files = {name: digest for part in parts for name, digest in part.items()}
     on_rank_0(lambda: manifest.write_marker(folder, files, facts), what)

@@ -36,7 +36,7 @@ _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(val
 
 
 @dataclass(frozen=True)
-class Place:
+class FileSpan:
     """Bytes of a file: ``length`` of them from ``offset``."""
 
     path: Path
@@ -71,7 +71,7 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    chunks: list[tuple[tuple[int, ...], tuple[int, ...], Place]]
+    chunks: list[tuple[tuple[int, ...], tuple[int, ...], FileSpan]]
 
     def read(self) -> Tensor:
         """The whole, on the CPU.
@@ -113,22 +113,22 @@ class DistributedFiles:
         self._sizes: dict[Path, int] = {}
         content = _unpickle(self._path)
         entries = self._field(content, "Metadata", "state_dict_metadata", dict)
-        places: dict[tuple[str, tuple[int, ...] | None], Place] = {}
+        spans: dict[tuple[str, tuple[int, ...] | None], FileSpan] = {}
         for index, info in self._field(content, "Metadata", "storage_data", dict).items():
             name = self._field(index, "MetadataIndex", "fqn", str)
             offset = self._fields(index, "MetadataIndex").get("offset")
-            places[name, None if offset is None else self._numbers(offset, name)] = self._place(info, name)
+            spans[name, None if offset is None else self._numbers(offset, name)] = self._span(info, name)
         self.tensors: dict[str, StoredTensor] = {}
-        self.objects: dict[str, Place] = {}
+        self.objects: dict[str, FileSpan] = {}
         for name, about in entries.items():
             if not isinstance(name, str):
                 raise self._damaged(f"it names {name!r}")
             if isinstance(about, _Record) and about.kind == "TensorStorageMetadata":
-                self.tensors[name] = self._tensor(name, about, places)
+                self.tensors[name] = self._tensor(name, about, spans)
             elif isinstance(about, _Record) and about.kind == "BytesStorageMetadata":
-                if (name, None) not in places:
+                if (name, None) not in spans:
                     raise self._damaged(f"it does not say where {name} is")
-                self.objects[name] = places[name, None]
+                self.objects[name] = spans[name, None]
             else:
                 raise self._damaged(f"{name} is neither a tensor nor bytes in it")
 
@@ -142,7 +142,7 @@ class DistributedFiles:
             place.load()
 
     def _tensor(
-        self, name: str, about: _Record, places: Mapping[tuple[str, tuple[int, ...] | None], Place]
+        self, name: str, about: _Record, spans: Mapping[tuple[str, tuple[int, ...] | None], FileSpan]
     ) -> StoredTensor:
         fields = self._fields(about, "TensorStorageMetadata")
         shape = self._numbers(fields.get("size"), name)
@@ -160,15 +160,15 @@ class DistributedFiles:
                 raise self._damaged(f"a chunk of {name} {shape} has other dimensions")
             if any(a + b > c for a, b, c in zip(begin, size, shape)):
                 raise self._damaged(f"a chunk of {name} {shape} lies outside of it")
-            if (name, begin) not in places:
+            if (name, begin) not in spans:
                 raise self._damaged(f"it does not say where a chunk of {name} is")
             covered += math.prod(size)
-            chunks.append((begin, size, places[name, begin]))
+            chunks.append((begin, size, spans[name, begin]))
         if covered < math.prod(shape):  # chunks do not overlap
             raise self._damaged(f"it lacks {math.prod(shape) - covered} elements of {name} {shape}")
         return StoredTensor(name, shape, dtype, chunks)
 
-    def _place(self, info: Any, name: str) -> Place:
+    def _span(self, info: Any, name: str) -> FileSpan:
         fields = self._fields(info, "_StorageInfo")
         path = member(self._folder, fields.get("relative_path"), self._path)
         offset, length = self._numbers((fields.get("offset"), fields.get("length")), name)
@@ -185,7 +185,7 @@ class DistributedFiles:
             raise ValueError(
                 f"{path} is truncated: {name} ends at byte {offset + length} of it, and it has {self._sizes[path]}"
             )
-        return Place(path, offset, length)
+        return FileSpan(path, offset, length)
 
     def _numbers(self, values: Any, name: str) -> tuple[int, ...]:
         if not isinstance(values, tuple) or not all(type(v) is int and v >= 0 for v in values):

@@ -27,7 +27,7 @@ from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.layouts.base import Layout, LayoutError, Piece
 from ds_lowrank.plan.geometry import Box, Part, part_of
 from ds_lowrank.plan.specs import MatrixSpec
-from ds_lowrank.subspace.schedule import deal_owners, phases, refresh_cost, waves
+from ds_lowrank.subspace.schedule import assign_owners, phases, refresh_cost, waves
 from ds_lowrank.subspace.sides import Side, projected_side
 
 
@@ -312,25 +312,25 @@ def _schedule(specs: Sequence[MatrixSpec], stagger: bool, wave_size: int) -> lis
     """Phase and wave of every matrix; those with a period of their own are staggered among themselves."""
     result = [(0, 0)] * len(specs)
     for gap in {s.gap for s in specs}:
-        places = [j for j, s in enumerate(specs) if s.gap == gap]
-        sides = [projected_side(specs[j].shape, specs[j].proj_type) for j in places]
-        shapes = [specs[j].shape if side == "right" else specs[j].shape[::-1] for j, side in zip(places, sides)]
+        matrices = [j for j, s in enumerate(specs) if s.gap == gap]
+        sides = [projected_side(specs[j].shape, specs[j].proj_type) for j in matrices]
+        shapes = [specs[j].shape if side == "right" else specs[j].shape[::-1] for j, side in zip(matrices, sides)]
         costs = [refresh_cost(*shape) for shape in shapes]
-        for j, phase, wave in zip(places, phases(costs, gap, wave_size, stagger), waves(costs, wave_size)):
+        for j, phase, wave in zip(matrices, phases(costs, gap, wave_size, stagger), waves(costs, wave_size)):
             result[j] = (phase, wave)
     return result
 
 
 def _with_owners(plans: Sequence[MatrixPlan]) -> list[MatrixPlan]:
-    """Give every matrix its owner: dealt within a wave of matrices that step together."""
+    """Give every matrix its owner: shared out within a wave of matrices that step together."""
     together: dict[tuple[int, int, int], list[int]] = {}
     for j, plan in enumerate(plans):
         together.setdefault((plan.unit, plan.gap, plan.wave), []).append(j)
     owned = list(plans)
-    for (_, _, wave), places in together.items():
-        costs = [float(plans[j].side_to_decompose) ** 3 for j in places]
-        candidates = [plans[j].computing for j in places]
-        for j, owner in zip(places, deal_owners(costs, candidates, len(plans[0].copy), first=wave)):
+    for (_, _, wave), matrices in together.items():
+        costs = [float(plans[j].side_to_decompose) ** 3 for j in matrices]
+        candidates = [plans[j].computing for j in matrices]
+        for j, owner in zip(matrices, assign_owners(costs, candidates, len(plans[0].copy), first=wave)):
             owned[j] = dataclasses.replace(plans[j], owner=owner)
     return owned
 

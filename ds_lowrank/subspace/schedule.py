@@ -52,8 +52,8 @@ def _count(costs: Sequence[int], wave_size: int) -> int:
     return max(1, -(-len(costs) // wave_size))
 
 
-def deal_owners(costs: Sequence[float], candidates: Sequence[Sequence[int]], ranks: int, first: int = 0) -> list[int]:
-    """Deal the decompositions of one wave to the ranks that may do them, the costliest first, to the least loaded.
+def assign_owners(costs: Sequence[float], candidates: Sequence[Sequence[int]], ranks: int, first: int = 0) -> list[int]:
+    """Assign the decompositions of one wave to the ranks that may do them, the costliest first, to the least loaded.
 
     Args:
         costs: cost of each decomposition (short³).
@@ -63,7 +63,7 @@ def deal_owners(costs: Sequence[float], candidates: Sequence[Sequence[int]], ran
             different waves but become ready together in a backward pass, have different owners.
 
     Returns:
-        The owner of each: every rank computes the same deal from the same plan.
+        The owner of each: the same on every rank, from the same plan.
     """
     load: dict[int, float] = {}
     owners = [0] * len(costs)

@@ -38,31 +38,31 @@ def protected_modules(model: nn.Module) -> dict[nn.Module, frozenset[str]]:
     Args:
         model: the bare model.
     """
-    places = list(_places(model))
+    modules = list(_modules(model))
     found: dict[nn.Module, set[str]] = {}
-    for name, module, inside in places:
+    for name, module, inside in modules:
         word = _head_word(name, module, inside)
         if word:
             for part in module.modules():
                 found.setdefault(part, {word})
-    names = {module: name for name, module, _ in reversed(places)}
+    names = {module: name for name, module, _ in reversed(modules)}
     known = {module for module in names if isinstance(module, nn.Embedding)} | set(_given_by_getters(names))
     tied = {id(weight) for module in known if (weight := getattr(module, "weight", None)) is not None}
-    for name, module, _ in places:
+    for name, module, _ in modules:
         if module in known or id(getattr(module, "weight", None)) in tied:
             found.setdefault(module, set()).add(_own_word(name))
-    for name, module in _last_linear(model, places, found):
+    for name, module in _last_linear(model, modules, found):
         found[module] = {_own_word(name)}
     return {module: frozenset(words) for module, words in found.items()}
 
 
-def _places(module: nn.Module, name: str = "", inside: bool = False) -> Iterator[tuple[str, nn.Module, bool]]:
+def _modules(module: nn.Module, name: str = "", inside: bool = False) -> Iterator[tuple[str, nn.Module, bool]]:
     """Every module with its name and whether it is in a repeated layer."""
     yield clean_name(name), module, inside
     children = list(module.named_children())
     repeats = not isinstance(module, nn.Sequential) or (len(children) > 1 and len({type(c) for _, c in children}) == 1)
     for part, child in children:
-        yield from _places(child, f"{name}.{part}" if name else part, inside or (repeats and part.isdigit()))
+        yield from _modules(child, f"{name}.{part}" if name else part, inside or (repeats and part.isdigit()))
 
 
 def _head_word(name: str, module: nn.Module, inside: bool) -> str | None:
@@ -90,12 +90,12 @@ def _given_by_getters(modules: dict[nn.Module, str]) -> Iterator[nn.Module]:
 
 
 def _last_linear(
-    model: nn.Module, places: list[tuple[str, nn.Module, bool]], found: dict[nn.Module, set[str]]
+    model: nn.Module, modules: list[tuple[str, nn.Module, bool]], found: dict[nn.Module, set[str]]
 ) -> list[tuple[str, nn.Module]]:
     """Linear layers behind the repeated ones into the vocabulary or the labels that nothing else has found."""
     sizes = _head_sizes(model)
-    last = max((k for k, (_, module, inside) in enumerate(places) if inside and is_linear(module)), default=-1)
-    behind = [(name, module) for name, module, inside in places[last + 1 :] if is_linear(module) and not inside]
+    last = max((k for k, (_, module, inside) in enumerate(modules) if inside and is_linear(module)), default=-1)
+    behind = [(name, module) for name, module, inside in modules[last + 1 :] if is_linear(module) and not inside]
     seen = {_width(module) for _, module in behind if module in found}
     heads = []
     for name, module in reversed(behind):

@@ -35,8 +35,8 @@ def ranks_of(layout: str, size: int) -> Ranks:
     if layout != "hsdp" or size % 2:
         return Ranks(everyone, rank, size)
     copy = tuple(k % 2 for k in range(size))
-    mates = tuple(k for k in range(size) if copy[k] == copy[rank])
-    return Ranks(everyone, rank, size, copy_group=Group(mates), copy=copy)
+    copy_group = tuple(k for k in range(size) if copy[k] == copy[rank])
+    return Ranks(everyone, rank, size, copy_group=Group(copy_group), copy=copy)
 
 
 def place_model(layout: str, size: int, model: nn.Module, optimizer: Any, **options: Any) -> Any:
@@ -128,8 +128,8 @@ class CutLayout:
         self._places: dict[str, tuple[Tensor, int]] = {}
         self._units: dict[str, int] = {}
         self._groups = groups
-        self._mates = ranks.shard_group
-        self._mate = self._mates.index(ranks.rank)
+        self._shard_group = ranks.shard_group
+        self._number = self._shard_group.index(ranks.rank)
         by_group: dict[int, dict[str, Shape]] = {}
         for m in members:
             by_group.setdefault(m.group, {})[m.name] = m.shape
@@ -147,7 +147,7 @@ class CutLayout:
 
     def _place_partitions(self, by_group: Mapping[int, dict[str, Shape]]) -> None:
         """ZeRO-1/2: a group's flat buffer, in equal parts."""
-        size, rank = len(self._mates), self._mate
+        size, rank = len(self._shard_group), self._number
         for index, shapes in by_group.items():
             partition = flat_size(sum(map(math.prod, shapes.values())), size) // size
             pieces = flat_pieces(shapes, size)[rank]
@@ -165,7 +165,7 @@ class CutLayout:
 
     def _place_sub_groups(self, by_group: Mapping[int, dict[str, Shape]]) -> None:
         """ZeRO-3: the slices of a sub-group's parameters, one after the other."""
-        size, rank, before = len(self._mates), self._mate, 0
+        size, rank, before = len(self._shard_group), self._number, 0
         for index, shapes in by_group.items():
             shares = [-(-math.prod(shape) // size) for shape in shapes.values()]
             numbers = sub_groups(shares, SUB_GROUP)
@@ -192,7 +192,7 @@ class CutLayout:
         for shapes in by_group.values():
             for name, shape in shapes.items():
                 parameter: Any = self._members[name].parameter
-                piece = chunk_piece(shape, self._dim(name), len(self._mates), self._mate)
+                piece = chunk_piece(shape, self._dim(name), len(self._shard_group), self._number)
                 if not hasattr(parameter, "ds_shape"):
                     parameter.ds_shape = torch.Size(shape)
                     parameter.data = _cut(parameter.data, piece, self._dim(name))
@@ -205,7 +205,7 @@ class CutLayout:
     def _dim(self, name: str) -> int:
         *_, m, n = (1, *self._members[name].shape)
         stacked = len(self._members[name].shape) == 3
-        wide = self._columns and len(self._members[name].shape) in (2, 3) and m < n and n % len(self._mates) == 0
+        wide = self._columns and len(self._members[name].shape) in (2, 3) and m < n and n % len(self._shard_group) == 0
         return (2 if stacked else 1) if wide else 0
 
     def _flat(self, numel: int, name: str) -> nn.Parameter:
@@ -264,7 +264,7 @@ class CutLayout:
     def to_local(self, name: str, whole: Tensor) -> Tensor:
         """This rank's shard of a tensor of a parameter's shape."""
         dim = self._dim(name)
-        piece = chunk_piece(self._members[name].shape, dim, len(self._mates), self._mate)
+        piece = chunk_piece(self._members[name].shape, dim, len(self._shard_group), self._number)
         return _cut(whole.view(self._members[name].shape), piece, dim)
 
     def to_whole(self, name: str, local: Tensor) -> Tensor:

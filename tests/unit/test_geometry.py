@@ -9,7 +9,7 @@ import torch
 from ds_lowrank.layouts import LayoutError, Piece
 from ds_lowrank.plan.geometry import matrix_shape, part_of
 from ds_lowrank.plan.matrices import plan_shares
-from ds_lowrank.subspace.schedule import deal_owners
+from ds_lowrank.subspace.schedule import assign_owners
 
 
 def cuts(numel: int, ranks: int, rng: random.Random) -> list[Piece | None]:
@@ -143,6 +143,6 @@ def test_pieces_that_do_not_cover_the_matrix_are_refused_by_name(pieces):
 
 def test_owners_are_dealt_by_cost_and_begin_elsewhere_in_every_wave():
     everyone = [[0, 1, 2]] * 5
-    assert deal_owners([5, 1, 1, 1, 1], everyone, 3) == [0, 1, 2, 1, 2]
-    assert deal_owners([1.0], everyone[:1], 3, first=4) == [1]
-    assert deal_owners([1.0, 1.0], [[2], [1, 2]], 3) == [2, 1]
+    assert assign_owners([5, 1, 1, 1, 1], everyone, 3) == [0, 1, 2, 1, 2]
+    assert assign_owners([1.0], everyone[:1], 3, first=4) == [1]
+    assert assign_owners([1.0, 1.0], [[2], [1, 2]], 3) == [2, 1]

@@ -123,11 +123,11 @@ def test_a_marker_of_another_format_is_refused(checkpoint):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_every_file_is_dealt_once_and_evenly_by_size(ranks):
     sizes = {f"{k}.pt": 10 + k % 7 for k in range(40)}
-    dealt = manifest.deal(sizes, ranks)
+    dealt = manifest.share_out(sizes, ranks)
     assert sorted(name for share in dealt for name in share) == sorted(sizes)
     loads = [sum(sizes[name] for name in share) for share in dealt]
     assert max(loads) - min(loads) <= max(sizes.values())
-    assert manifest.deal({"a": 1, "b": 1, "c": 1, "d": 1, "large": 4}, 2) == [["large"], ["a", "b", "c", "d"]]
+    assert manifest.share_out({"a": 1, "b": 1, "c": 1, "d": 1, "large": 4}, 2) == [["large"], ["a", "b", "c", "d"]]
 
 
 def test_the_marker_is_written_after_the_files_and_in_one_piece(tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def test_full_rank_groups_are_torchs_adamw():
     assert torch.allclose(ours, theirs, atol=1e-7)
 
 
-def test_a_matrix_without_gradient_is_unborn_then_born():
+def test_a_matrix_has_no_basis_until_it_has_a_gradient():
     """Zero gradients (DCP's and DeepSpeed's fake steps) leave no trace; the first real one starts the clock."""
     late, early = parameters(), parameters()
     for name, p in early.items():
