@@ -14,6 +14,7 @@ class Lion(Rule):
 
     name = "lion"
     slots = (Slot("momentum", turns="linear"),)
+    copies = 1
 
     def step(self, r: Tensor, state: MutableMapping[str, Tensor], hyper: Hyper, stack: Stack) -> Update:
         beta1, beta2 = hyper.betas
