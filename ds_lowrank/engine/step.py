@@ -16,6 +16,7 @@ from ds_lowrank.engine.refine import Refiner
 from ds_lowrank.engine.refresh import Groups, Refresher
 from ds_lowrank.engine.rows import Arrived, Blocks, RowExchange
 from ds_lowrank.engine.state import MatrixState, NewStates, number_of
+from ds_lowrank.engine.trial import Trial
 from ds_lowrank.layouts.base import Layout
 from ds_lowrank.methods import Method
 from ds_lowrank.plan.geometry import Box
@@ -56,6 +57,9 @@ class LowRankStep:
         self._periodic = method.selection.periodic
         # Whether ranks that compute no row of a shared matrix have a part in its step.
         self._everybody = method.rule.sums or method.selection.evidence == "sketch"
+        # First matrices of runs whose rule has been looked at, or need not be.
+        self._tried: set[str] = set()
+        self._trial = None if method.rule.kept_step is not None else Trial(comm, method.rule)
         self._filled: dict[str, tuple[Tensor, int, Tensor | None]] = {}
         self._comm = comm
         self._rank = comm.ranks.rank
@@ -239,9 +243,13 @@ class LowRankStep:
             states[plan.name]["step"] = step
         shares = [p.shares[self._rank] for p in run]
         here = [p for p, share in zip(run, shares) if share is not None]
-        if not here and not (self._everybody and run[0].shared):
+        trial = None if self._trial is None or run[0].name in self._tried else self._new_trial(run)
+        resting = not here and not (self._method.rule.sums and run[0].shared)
+        if resting and not (self._everybody and run[0].shared):
             for plan in run:
                 self._projected.pop(plan.name, None)
+            if trial is not None:
+                trial.stand_by(run)
             return
         counts = [0 if share is None else share.stop - share.start for share in shares]
         r = torch.empty(sum(counts), run[0].r, dtype=run[0].dtype, device=self._device)
@@ -268,7 +276,12 @@ class LowRankStep:
             step,
             self._method.rule_options,
         )
-        update = self._direct(run, here, counts, r, hyper, rows, bases, states)
+        if resting:  # it has a part in the basis' step alone
+            update = Update(None)
+            if trial is not None:
+                trial.stand_by(run)
+        else:
+            update = self._direct(run, here, counts, r, hyper, rows, bases, states, trial)
         lows = _parts(update.low, cuts, self._device)
         scales = _parts(update.row_scale, cuts, self._device)
         for plan, low, scale in zip(here, lows, scales):
@@ -311,6 +324,7 @@ class LowRankStep:
         rows: Blocks,
         bases: WholeBases,
         states: States,
+        trial: Trial | None,
     ) -> Update:
         """What the rule makes of R (overwritten), computed where the moments lie."""
         rule, layout = self._method.rule, self._method.states
@@ -327,12 +341,18 @@ class LowRankStep:
         blocks = [[b.to(r.device) for b in rows.get(p.name, ())] for p in run] if rule.reads_gradient else []
         whole = [None if basis is None else basis.to(r.device) for basis in (bases[p.name] for p in run)]
         opened = {slot.name: layout.read(kept, slot.name, r.shape[1], r.dtype) for slot in rule.slots}
-        stepping = rule.step(r, opened, hyper, Stack(counts, blocks, whole, r.device))
+        stack = Stack(counts, blocks, whole, r.device)
+        stepping = rule.step(r, opened, hyper, stack) if trial is None else trial.watch(run, r, opened, hyper, stack)
         update = self._drive(stepping, run[0].shared) if isinstance(stepping, Generator) else stepping
         for name, value in opened.items():
             layout.write_(kept, name, value)
         self._batches.put(run, states, kept)
         return update
+
+    def _new_trial(self, run: Sequence[MatrixPlan]) -> Trial | None:
+        self._tried.add(run[0].name)
+        assert self._trial is not None
+        return self._trial if self._trial.is_new(run) else None
 
     def _drive(self, steps: Generator[Tensor, Tensor, Update], shared: bool) -> Update:
         """Give a rule the sums over the ranks that it asks for."""

@@ -155,7 +155,8 @@ class Rule:
     @property
     def sums(self) -> bool:
         """Whether :meth:`step` is a generator, which asks for sums over the ranks."""
-        return inspect.isgeneratorfunction(type(self).step)
+        # One that hands over to the step of what it is made of returns that one's generator.
+        return any(inspect.isgeneratorfunction(cls.__dict__.get("step")) for cls in type(self).__mro__)
 
     # A rule whose moments are read, stepped and written at once, in whatever formats they are kept: given the formats,
     # the kept tensors by their keys, R (overwritten) and the hyper-parameters, it does all of :meth:`step`.
