@@ -221,8 +221,8 @@ class Refresher:
     def _carry(self, plan: MatrixPlan, state: MatrixState, cross: Tensor, betas: tuple[float, float]) -> None:
         """What moments do when the basis changes, and how far it has turned."""
         method = self._method
-        if method.carry.changes and plan.shares[self._rank] is not None:
-            slots = {slot.name: slot for slot in method.rule.slots if slot.turns != "fixed"}
+        slots = {slot.name: slot for slot in method.rule.slots if slot.turns != "fixed"}
+        if method.carry.changes and slots and plan.shares[self._rank] is not None:
             opened = {name: method.states.read(state, name, plan.r, plan.dtype) for name in slots}
             home = next(iter(opened.values())).device
             method.carry(opened, cross.to(home), slots, number_of(state, "step"), betas)

@@ -137,3 +137,9 @@ def _three_steps(case: Case, wanted: dict[str, torch.Tensor]) -> None:
 def test_a_rule_without_sums_is_not_asked_where_there_is_no_row(tried, selection):
     tried(lambda self, r, state, hyper, stack: Update(r / r.max()))
     assert _said(Case("fsdp2", 4, rule="tried", shapes="few", layers=1, steps=1, r=2, selection=selection)) == [""] * 4
+
+
+def test_moments_are_projected_of_a_rule_that_keeps_none(tried):
+    tried(lambda self, r, state, hyper, stack: Update(r.sign_()))
+    case = Case("zero3", 2, rule="tried", layers=1, moments="project", gap=1, steps=3)
+    run_ranks(2, lambda case: [run.step() for run in [Run(case)] for _ in range(3)] and None, case)
