@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 from torch.distributed.algorithms.join import Joinable
 
-from ds_lowrank.assembly import assemble, move_histories, prepare_group, register_group, step_in_backward
+from ds_lowrank.assembly import (
+    assemble,
+    move_histories,
+    prepare_group,
+    project_in_backward,
+    register_group,
+    step_in_backward,
+)
 from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.engine.backward import Layerwise
 from ds_lowrank.engine.joining import JoinableOptimizer, check_join, handed_over
+from ds_lowrank.engine.projected import ProjectedGradients
 from ds_lowrank.engine.refresh import Refresher, RefreshStats
 from ds_lowrank.engine.state import MatrixState
 from ds_lowrank.engine.step import LowRankStep
@@ -134,6 +142,7 @@ class LowRankAdamW(JoinableOptimizer):
         self._stepper: LowRankStep | None = None
         self._refresher: Refresher | None = None
         self._layerwise: Layerwise | None = None
+        self._projected: ProjectedGradients | None = None
         self.full_rank: FullRank  # the parameters that are not projected; there once the layout is found
         self._complete: dict[str, MatrixState] | None = None  # the states that need no further look
         self._to_adopt: dict[str, Any] = {}  # entries of a loaded state, by parameter
@@ -149,7 +158,7 @@ class LowRankAdamW(JoinableOptimizer):
             ValueError: the group is not allowed, or DeepSpeed has made its flat buffers; nothing is added then.
         """
         if hasattr(self, "_specs"):
-            prepare_group(param_group, self.param_groups, self._layout, self._layerwise)
+            prepare_group(param_group, self.param_groups, self._layout, self._backward)
         super().add_param_group(param_group)
         try:
             if not param_group["params"]:
@@ -219,8 +228,13 @@ class LowRankAdamW(JoinableOptimizer):
         self._complete = self._consolidated = None
         if self._stepper is not None:
             self._stepper.forget_states()
-        if self._layerwise is not None:
-            self._layerwise.forget()
+        if self._backward is not None:
+            self._backward.forget()
+
+    @property
+    def _backward(self) -> Layerwise | ProjectedGradients | None:
+        """What uses gradients in the backward pass, if something does."""
+        return self._projected or self._layerwise
 
     def release_parameters(self) -> None:
         """Let go of the whole parameters where the model is about to be sharded and the groups get the shards.
@@ -300,6 +314,8 @@ class LowRankAdamW(JoinableOptimizer):
             self._layerwise = step_in_backward(
                 found, self.config, self._adopted_states, lambda: dict(enumerate(self._all_groups)), self._step_alone
             )
+        elif self.config.gradients == "projected":
+            self._projected = project_in_backward(found, self.config, self.method, self._adopted_states)
 
     def _step_alone(self, name: str, parameter: Tensor) -> None:
         group = {**self._all_groups[self._group_of[name]], "params": [parameter]}
@@ -324,6 +340,11 @@ class LowRankAdamW(JoinableOptimizer):
         """
         if self._layout is None and not self.state:
             return super().state_dict()  # accelerate takes it before the model is sharded
+        if self._projected is not None and self._projected.busy:
+            raise RuntimeError(
+                "state_dict() between a backward pass and step(): projected gradients are no part of a checkpoint. "
+                "Save after step(), or call zero_grad() to drop them"
+            )
         if self._layout is not None and self._layout.replicated and self._consolidated is None:
             raise RuntimeError(CONSOLIDATE)
         self.ensure_state()
@@ -438,6 +459,9 @@ class LowRankAdamW(JoinableOptimizer):
             elif names:
                 self.full_rank.step([name for name in names if name not in done], group, self.state)
         plans = [p for p in self._plans if p.parameter in stepping]
+        if self._projected is not None:
+            self._projected.step(plans, groups)
+            return
         if self._layerwise is not None:
             plans = self._layerwise.remaining(plans)
         self._stepper.run(plans, self.state[STATE_KEY], groups)  # type: ignore[index]
@@ -452,10 +476,10 @@ class LowRankAdamW(JoinableOptimizer):
         return names
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients; with ``layerwise`` also what was accumulated in their place."""
+        """Reset the gradients, and what was accumulated in their place."""
         super().zero_grad(set_to_none)
-        if self._layerwise is not None:
-            self._layerwise.forget()
+        if self._backward is not None:
+            self._backward.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle has; the layout is found anew at its first step.
