@@ -23,13 +23,14 @@ from ds_lowrank.assembly import (
 from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.engine.backward import Layerwise
+from ds_lowrank.engine.clipping import Clipping
 from ds_lowrank.engine.joining import JoinableOptimizer, check_join, handed_over
 from ds_lowrank.engine.projected import ProjectedGradients
 from ds_lowrank.engine.refresh import Refresher, RefreshStats
 from ds_lowrank.engine.state import MatrixState
 from ds_lowrank.engine.step import LowRankStep
 from ds_lowrank.full_rank.adamw import FullRank, keep_dtypes
-from ds_lowrank.layouts import Layout, Member, check_left_out, ddp_models, in_join
+from ds_lowrank.layouts import Layout, LayoutError, Member, check_left_out, ddp_models, in_join
 from ds_lowrank.methods import make_method
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.plan.specs import MatrixSpec
@@ -316,6 +317,9 @@ class LowRankAdamW(JoinableOptimizer):
             )
         elif self.config.gradients == "projected":
             self._projected = project_in_backward(found, self.config, self.method, self._adopted_states)
+        projected = {p.parameter for p in self._plans} if self._projected is not None else set()
+        rest = [m for m in self._members if m.name not in projected]
+        self._clipping = Clipping(found.layout, found.comm, rest, self._projected)
 
     def _step_alone(self, name: str, parameter: Tensor) -> None:
         group = {**self._all_groups[self._group_of[name]], "params": [parameter]}
@@ -395,6 +399,38 @@ class LowRankAdamW(JoinableOptimizer):
         tensors = dict(zip(ids, (p for group in self.param_groups for p in group["params"])))
         keep_dtypes(self.state, state_dict["state"], tensors)
 
+    # -- gradients ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip all gradients together by their norm, as :func:`torch.nn.utils.clip_grad_norm_` does. Collective.
+
+        With ``gradients="projected"`` it is √(Σ ‖R‖² + Σ ‖g‖²): of what is projected by the length of its projection,
+        which is all there is of it. torch's own function would clip the rest alone then; ``step()`` refuses that.
+
+        Args:
+            max_norm: gradients are multiplied by ``max_norm / (norm + 1e-6)`` where that is less than 1.
+            norm_type: 2.
+            error_if_nonfinite: raise where the norm is not finite.
+
+        Returns:
+            The norm before, a float32 tensor of one number on the ranks' device.
+
+        Raises:
+            ValueError: another ``norm_type``.
+            ds_lowrank.LayoutError: with ``layerwise``, or under DeepSpeed, whose engine clips.
+            RuntimeError: ``error_if_nonfinite``, and it is not.
+        """
+        if norm_type != 2:
+            raise ValueError(f"clip_grad_norm_ knows the 2-norm, got norm_type {norm_type!r}")
+        self.ensure_state()
+        assert self._layout is not None
+        if self.config.layerwise:
+            raise LayoutError("layerwise has used gradients before their norm is known: use gradients 'projected'")
+        if not self._layout.by_parameter:
+            raise LayoutError("under DeepSpeed its engine clips: set gradient_clipping in its configuration")
+        return self._clipping.clip_(max_norm, error_if_nonfinite)
+
     # -- step -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -460,6 +496,7 @@ class LowRankAdamW(JoinableOptimizer):
                 self.full_rank.step([name for name in names if name not in done], group, self.state)
         plans = [p for p in self._plans if p.parameter in stepping]
         if self._projected is not None:
+            self._clipping.check()
             self._projected.step(plans, groups)
             return
         if self._layerwise is not None:

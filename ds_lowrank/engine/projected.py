@@ -106,6 +106,7 @@ class ProjectedGradients:
         self._new: list[NewBases] = []
         self._beside: dict[str, MatrixState] = {}  # states with bases that are not taken over yet
         self._waiting: dict[str, MatrixPlan] = {}  # due, without a new basis
+        self.after_pass: Callable[[], None] | None = None  # called when a backward pass has ended
         self._forget_pass()
         source.hook(list(self._plans_of), self._ready)
 
@@ -225,6 +226,8 @@ class ProjectedGradients:
             with self._plainly():
                 self._run_items(lambda plan: True)
             self._forget_pass()
+            if self.after_pass is not None:  # and after what the framework does at the end
+                at_end_of_backward(self.after_pass)
 
     def _plainly(self) -> Any:
         """Inside a user's autocast products would be rounded to bf16."""

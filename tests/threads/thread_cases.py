@@ -85,7 +85,10 @@ class Case:
         frozen: steps in which layer 1 is frozen.
         added: step before which the last layer's group is added; until then it is not there.
         columns: FSDP2 shards wide matrices by columns.
-        micro: backward passes a step with ``layerwise``; 0: gradients are given, and matrices step in ``step()``.
+        micro: backward passes a step with ``layerwise`` or projected gradients; 0: gradients are given, and matrices
+            step in ``step()``.
+        gradients, accumulator_dtype: options of the optimizer; projected ones are those of every rank and micro-batch.
+        clip: norm to which they are clipped; 0: they are not.
     """
 
     layout: str = "one"
@@ -118,6 +121,13 @@ class Case:
     columns: bool = False
     gram_dtype: str = "float64"
     micro: int = 0
+    gradients: str = "full"
+    accumulator_dtype: str = "fp32"
+    clip: float = 0.0
+
+    @property
+    def projects(self) -> bool:
+        return self.gradients == "projected"
 
     @property
     def wide(self) -> torch.dtype:
@@ -151,8 +161,10 @@ class Case:
             "seed": self.seed,
             "gram_dtype": self.gram_dtype,
             "gradient_dtype": "bfloat16" if self.dtype == "bf16" else "auto",
-            "layerwise": self.micro > 0,
+            "layerwise": self.micro > 0 and not self.projects,
             "accumulation_steps": max(1, self.micro),
+            "gradients": self.gradients,
+            "accumulator_dtype": self.accumulator_dtype,
         }
         found["rule"] = self.rule
         # As benchmarks/cases.py has them: a step of 0.005, and ε as the weights'.
@@ -177,6 +189,11 @@ class Case:
     def oracle(self) -> Case:
         """Without what must not show."""
         alone = Case()
+        if self.projects:  # what ranks and micro-batches there are does show
+            replicas = "ddp" if self.layout == "ddp" else "fsdp2"
+            return replace(
+                self, layout=replicas, groups=1, shard_projection=True, columns=False, accumulator_dtype="fp32"
+            )
         return replace(
             self,
             **{
@@ -232,6 +249,20 @@ def gradient_of(case: Case, step: int, name: str) -> Tensor | None:
                 _keep_directions(g, count, generator)
     gradient = gradient.to(case.wide)
     return gradient.bfloat16().to(case.wide) if case.dtype == "bf16" else gradient
+
+
+@cache
+def local_gradient(case: Case, step: int, micro: int, rank: int, name: str) -> Tensor | None:
+    """What a micro-batch adds to one rank's own gradient. Not projected ones are the same on all ranks."""
+    mean = gradient_of(case, step, name)
+    if mean is None or name not in case.matrices:
+        return mean if mean is None else mean / case.micro
+    own = torch.randn(mean.shape, dtype=torch.float64, generator=_generator("local", name, step, micro, rank))
+    spread = float(mean.double().norm()) / math.sqrt(mean.numel())
+    local = (mean / case.micro + 0.5 * spread * own.to(mean)).to(mean)
+    if case.directions is not None:
+        local = mean * float(1 + own.flatten()[0] / 4) / case.micro
+    return local.bfloat16().to(mean) if case.dtype == "bf16" else local
 
 
 def _keep_directions(g: Tensor, count: int, generator: torch.Generator) -> None:
@@ -312,6 +343,8 @@ def _expected(case: Case) -> Expected:
         seed=case.seed,
         gradient_dtype=torch.bfloat16 if case.dtype == "bf16" else None,
         formats=Formats(case.state_dtype, case.basis_dtype),
+        wire=torch.bfloat16 if case.dtype == "bf16" and case.projects else None,
+        replicas=case.ranks if case.layout == "ddp" else 1,
     )
     everything = {**views, **{n: weights[n] for n in case.rest}}
     reference = make(everything, dict.fromkeys(views, case.r))
@@ -323,6 +356,17 @@ def _expected(case: Case) -> Expected:
     for step in range(case.steps):
         for n, state in matrices.items():
             state["phase"] = first.matrices[n]["phase"] if step < case.added and n in first.matrices else phases[n]
+        if case.projects:
+            for micro in range(case.micro):
+                local = [
+                    {n: g.to(case.wide) for n in weights if (g := local_gradient(case, step, micro, k, n)) is not None}
+                    for k in range(case.ranks)
+                ]
+                reference.add([{**whole, **matrix_views(whole, case)} for whole in local])
+            norm = reference.norm()
+            reference.step_added(min(1.0, case.clip / (norm + 1e-6)) if case.clip else 1.0)
+            counters.append({n: _counters(state, case.selection) for n, state in matrices.items()})
+            continue
         given = {n: gradient_of(case, step, n) for n in weights}
         still = {n for n in case.matrices if (step in case.frozen and layer_of(n) == 1) or step < _born(case, n)}
         whole = {n: torch.zeros_like(weights[n]) if g is None else g for n, g in given.items()}
@@ -401,7 +445,9 @@ class Run:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not (layer_of(name) == 1 and self.done in case.frozen))
         gradients = {n: self._gradient(n) for n in self.layout._members}
-        if case.micro:
+        if case.projects:
+            self.backward_of_own(gradients)
+        elif case.micro:
             self.backward(gradients)
         else:
             self.layout.fill_gradients(gradients)
@@ -418,9 +464,26 @@ class Run:
             with current(self.layout):
                 total.backward()
 
+    def backward_of_own(self, gradients: dict[str, Tensor | None], passes: int | None = None) -> None:
+        """Backward passes of this rank's own gradients, of which the last syncs; then those that are not projected."""
+        case = self.case.oracle
+        for micro in range(self.case.micro if passes is None else passes):
+            self.layout.syncing = micro == self.case.micro - 1
+            total = torch.zeros(())
+            for name in case.matrices:
+                own = local_gradient(case, self.done, micro, this_rank(), name)
+                if own is not None and self.layout.leaf(name).requires_grad:
+                    total = total + (self.layout.leaf(name) * own.to(self.case.weights)).sum()
+            with current(self.layout):
+                if total.requires_grad:
+                    total.backward()
+        self.layout.fill_gradients({n: gradients[n] for n in self.case.rest})
+
     def step_as_filled(self) -> None:
         """One step on the gradients that lie there."""
         with current(self.layout), self.layout.calls(self.optimizer) as calls:
+            if self.case.clip:
+                self.optimizer.clip_grad_norm_(self.case.clip)
             for _ in calls:
                 self.optimizer.step()
         if self.case.micro:
