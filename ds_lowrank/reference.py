@@ -78,7 +78,7 @@ class Reference:
             }
         if stagger:
             self.stagger(-(-len(ranks) // wave_size))
-        self.plain = {name: {"t": 0} for name in weights if name not in ranks}
+        self.plain: dict[str, dict] = {name: {"t": 0} for name in weights if name not in ranks}
 
     def stagger(self, waves: int) -> None:
         """Wave w has the phase ⌊w τ / W⌋; of W neighbours, the costliest goes to the wave that has the least so far."""
@@ -127,13 +127,13 @@ class Reference:
                 continue
             state["sum"] = r if state.get("sum") is None else state["sum"] + r
         for name, state in self.plain.items():
-            g = sum(g[name] for g in local) / len(local)
+            g = torch.stack([g[name] for g in local]).mean(0)
             state["sum"] = g if state.get("sum") is None else state["sum"] + g
 
     def mean(self, of_ranks: list[Tensor]) -> Tensor:
         """What is sent is rounded, what is added up is not."""
         sent = [x if self.wire is None or len(of_ranks) == 1 else x.to(self.wire).to(x) for x in of_ranks]
-        return sum(sent[1:], sent[0]) / len(sent)
+        return torch.stack(sent).sum(0) / len(sent)
 
     def norm(self) -> float:
         """√(Σ ‖R‖² + Σ ‖g‖²), g of what is not projected."""
@@ -159,10 +159,11 @@ class Reference:
                 w = self.weights[name] if state["right"] else self.weights[name].T
                 r = torch.zeros(w.shape[0], state["r"], dtype=w.dtype) if r is None else factor * r
                 state["t"] += 1
-                n, narrow = self.adam(r, state), self.wire is not None
+                n = self.adam(r, state)
                 if self.rule == "grams":
                     n = n.abs() * r.sign()
-                n = n.to(self.wire).to(n) if narrow and self.replicas > 1 else n
+                if self.wire is not None and self.replicas > 1:
+                    n = n.to(self.wire).to(n)
                 w.mul_(1 - self.lr * self.weight_decay)
                 w.sub_(self.scale * n @ state["basis"].T, alpha=self.lr)
         for name, state in self.plain.items():
