@@ -55,8 +55,8 @@ class LowRankStep:
         self._rounding_seed = rounding_seed
         self._method = method
         self._periodic = method.selection.periodic
-        # Whether ranks that compute no row of a shared matrix have a part in its step.
-        self._everybody = method.rule.sums or method.selection.evidence == "sketch"
+        # Whether the basis moves in every step: by a sum over the ranks, those that compute no row too.
+        self._sketches = method.selection.evidence == "sketch"
         # First matrices of runs whose rule has been looked at, or need not be.
         self._tried: set[str] = set()
         self._trial = None if method.rule.kept_step is not None else Trial(comm, method.rule)
@@ -297,8 +297,9 @@ class LowRankStep:
         shares = [p.shares[self._rank] for p in run]
         here = [p for p, share in zip(run, shares) if share is not None]
         trial = None if self._trial is None or run[0].name in self._tried else self._new_trial(run)
+        # Of a shared matrix a rank with no row still has a part in the rule's sums, and in a step of the basis.
         resting = not here and not (self._method.rule.sums and run[0].shared)
-        if resting and not (self._everybody and run[0].shared):
+        if resting and not (self._sketches and run[0].shared):
             for plan in run:
                 self._projected.pop(plan.name, None)
             if trial is not None:
@@ -317,7 +318,7 @@ class LowRankStep:
             elif plan.name in parts and basis is not None:
                 self.project(plan, states[plan.name], rows[plan.name], basis, parts[plan.name])
         refining = None
-        if self._method.selection.evidence == "sketch":
+        if self._sketches:
             refining = self._refiner.start(run, parts, rows, bases)
         if not self._method.rule.reads_gradient:
             for plan in run:
