@@ -326,6 +326,11 @@ class LowRankAdamW(JoinableOptimizer):
         self.full_rank.step([name], group, self.state)
 
     def _adopted_states(self) -> dict[str, MatrixState]:
+        if self._outdated:
+            raise RuntimeError(
+                "a backward pass after add_param_group(): call ensure_state() between the two, which puts the hooks on "
+                "what was added"
+            )
         self.ensure_state()  # a state may have been loaded since
         return self.state[STATE_KEY]  # type: ignore[index]
 

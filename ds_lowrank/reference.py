@@ -32,6 +32,7 @@ class Reference:
         gradient_dtype: in which gradients are computed, where they come in a wider one.
         wire: with :meth:`add`, dtype to which R is rounded where it is sent, and with ``replicas`` > 1 N too.
         replicas: ranks that hold every weight whole.
+        copies: ranks of each copy of the model.
     """
 
     def __init__(
@@ -58,12 +59,13 @@ class Reference:
         gradient_dtype: torch.dtype | None = None,
         wire: torch.dtype | None = None,
         replicas: int = 1,
+        copies: tuple[tuple[int, ...], ...] = ((0,),),
     ):
         self.weights, self.lr, self.betas, self.eps = weights, lr, betas, eps
         self.weight_decay, self.scale, self.gap = weight_decay, scale, gap
         self.rule, self.limiter, self.pca, self.gaussian = rule, limiter, pca, gaussian
         self.selection, self.moments, self.seed, self.gradient_dtype = selection, moments, seed, gradient_dtype
-        self.wire, self.replicas = wire, replicas
+        self.wire, self.replicas, self.copies = wire, replicas, copies
         self.matrices: dict[str, dict] = {}
         for name, r in ranks.items():
             m, n = weights[name].shape
@@ -106,11 +108,12 @@ class Reference:
             self.weights[name].sub_(self.adam(gradients[name], state), alpha=self.lr)
 
     @torch.no_grad()
-    def add(self, local: list[dict[str, Tensor]]) -> None:
+    def add(self, local: list[dict[str, Tensor]], syncs: bool = True) -> None:
         """One micro-batch of ``gradients="projected"``: from every rank its own gradient of every weight.
 
         What is stored and sent is R = ∇A B of each rank. A matrix that is due gets its basis from the first averaged
-        gradient of the step that is not zero, and of that one R is taken after averaging.
+        gradient of the step that is not zero, and of that one R is taken after averaging. Where a micro-batch does not
+        sync, ranks keep what they have and send it with the next.
         """
         for name, state in self.matrices.items():
             tall = [g[name] if state["right"] else g[name].T for g in local]
@@ -119,24 +122,38 @@ class Reference:
                 state["before"] = dict(state)
                 self.refresh(name, mean, state)
                 state["found"] = True
-                spectral = self.selection in ("dominant", "importance", "uniform")
-                r = self.project(mean, state) if spectral else self.mean([self.project(g, state) for g in tall])
-            elif state["refreshes"]:
-                r = self.mean([self.project(g, state) for g in tall])
-            else:
-                continue
-            state["sum"] = r if state.get("sum") is None else state["sum"] + r
+                if self.selection in ("dominant", "importance", "uniform"):
+                    r = self.project(mean, state)
+                    state["sum"] = r if state.get("sum") is None else state["sum"] + r
+                    continue
+            if state["refreshes"]:
+                own = [self.project(g, state) for g in tall]
+                state["own"] = [a + b for a, b in zip(state["own"], own)] if state.get("own") else own
+                if syncs:
+                    self.send(state)
         for name, state in self.plain.items():
             g = torch.stack([g[name] for g in local]).mean(0)
             state["sum"] = g if state.get("sum") is None else state["sum"] + g
 
+    def send(self, state: dict) -> None:
+        """Add what ranks have kept to what is stepped."""
+        own = state.pop("own", None)
+        if own is not None:
+            state["sum"] = self.mean(own) if state.get("sum") is None else state["sum"] + self.mean(own)
+
     def mean(self, of_ranks: list[Tensor]) -> Tensor:
-        """What is sent is rounded, what is added up is not."""
-        sent = [x if self.wire is None or len(of_ranks) == 1 else x.to(self.wire).to(x) for x in of_ranks]
-        return torch.stack(sent).sum(0) / len(sent)
+        """What is sent is rounded, what is added up is not; the sum of each copy of the model is sent once more."""
+        sums = [torch.stack([self.sent(of_ranks[k]) for k in copy]).sum(0) for copy in self.copies]
+        return (sums[0] if len(sums) == 1 else torch.stack([self.sent(s) for s in sums]).sum(0)) / len(of_ranks)
+
+    def sent(self, x: Tensor) -> Tensor:
+        """As it arrives."""
+        return x if self.wire is None else x.to(self.wire).to(x)
 
     def norm(self) -> float:
         """√(Σ ‖R‖² + Σ ‖g‖²), g of what is not projected."""
+        for state in self.matrices.values():
+            self.send(state)
         sums = [state["sum"] for state in (*self.matrices.values(), *self.plain.values()) if "sum" in state]
         return math.sqrt(sum(float(s.double().square().sum()) for s in sums))
 
@@ -144,7 +161,8 @@ class Reference:
         """Forget what was added: bases are as they were."""
         for state in self.matrices.values():
             before = state.pop("before", state)
-            state.pop("sum", None), state.pop("found", None)
+            for key in ("sum", "own", "found"):
+                state.pop(key, None)
             state.update(before)
         for state in self.plain.values():
             state.pop("sum", None)
@@ -153,6 +171,7 @@ class Reference:
     def step_added(self, factor: float = 1.0) -> None:
         """One step from what was added, times a factor."""
         for name, state in self.matrices.items():
+            self.send(state)
             r = state.pop("sum", None)
             state.pop("before", None), state.pop("found", None)
             if state["refreshes"]:
@@ -162,8 +181,7 @@ class Reference:
                 n = self.adam(r, state)
                 if self.rule == "grams":
                     n = n.abs() * r.sign()
-                if self.wire is not None and self.replicas > 1:
-                    n = n.to(self.wire).to(n)
+                n = self.sent(n) if self.replicas > 1 else n
                 w.mul_(1 - self.lr * self.weight_decay)
                 w.sub_(self.scale * n @ state["basis"].T, alpha=self.lr)
         for name, state in self.plain.items():

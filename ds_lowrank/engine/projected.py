@@ -203,7 +203,8 @@ class ProjectedGradients:
                 continue
             if plan.basis_sharded and plan.shared:
                 joined.plans.append(plan)
-                if sum((p.long + p.short) * p.r for p in joined.plans) > STACK_NUMBERS:
+                numbers = sum((p.long + p.short) * p.r for p in joined.plans)
+                if numbers > STACK_NUMBERS or len(joined.plans) == self._wave_size:
                     joined = close(joined)
             if sends:
                 bucket.plans.append(plan)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from low_bit import LowBitReference
 from safetensors.torch import save_file
-from thread_layouts import FLAT, SHARDED, place_model
+from thread_layouts import FLAT, SHARDED, copies_of, place_model
 from thread_ranks import gather_objects, run_ranks, this_rank
 from torch import Tensor, nn
 
@@ -190,9 +190,9 @@ class Case:
         """Without what must not show."""
         alone = Case()
         if self.projects:  # what ranks and micro-batches there are does show
-            replicas = "ddp" if self.layout == "ddp" else "fsdp2"
+            layout = self.layout if self.layout in ("ddp", "hsdp") else "fsdp2"
             return replace(
-                self, layout=replicas, groups=1, shard_projection=True, columns=False, accumulator_dtype="fp32"
+                self, layout=layout, groups=1, shard_projection=True, columns=False, accumulator_dtype="fp32"
             )
         return replace(
             self,
@@ -263,6 +263,11 @@ def local_gradient(case: Case, step: int, micro: int, rank: int, name: str) -> T
     if case.directions is not None:
         local = mean * float(1 + own.flatten()[0] / 4) / case.micro
     return local.bfloat16().to(mean) if case.dtype == "bf16" else local
+
+
+def own_or_zeros(case: Case, step: int, micro: int, rank: int, name: str) -> Tensor:
+    own = local_gradient(case, step, micro, rank, name)
+    return torch.zeros({**case.matrices, **case.rest}[name], dtype=case.wide) if own is None else own
 
 
 def _keep_directions(g: Tensor, count: int, generator: torch.Generator) -> None:
@@ -343,8 +348,9 @@ def _expected(case: Case) -> Expected:
         seed=case.seed,
         gradient_dtype=torch.bfloat16 if case.dtype == "bf16" else None,
         formats=Formats(case.state_dtype, case.basis_dtype),
-        wire=torch.bfloat16 if case.dtype == "bf16" and case.projects else None,
+        wire=torch.bfloat16 if case.dtype == "bf16" and case.projects and case.ranks > 1 else None,
         replicas=case.ranks if case.layout == "ddp" else 1,
+        copies=copies_of(case.layout, case.ranks),
     )
     everything = {**views, **{n: weights[n] for n in case.rest}}
     reference = make(everything, dict.fromkeys(views, case.r))
@@ -356,22 +362,18 @@ def _expected(case: Case) -> Expected:
     for step in range(case.steps):
         for n, state in matrices.items():
             state["phase"] = first.matrices[n]["phase"] if step < case.added and n in first.matrices else phases[n]
-        if case.projects:
-            for micro in range(case.micro):
-                local = [
-                    {n: g.to(case.wide) for n in weights if (g := local_gradient(case, step, micro, k, n)) is not None}
-                    for k in range(case.ranks)
-                ]
-                reference.add([{**whole, **matrix_views(whole, case)} for whole in local])
-            norm = reference.norm()
-            reference.step_added(min(1.0, case.clip / (norm + 1e-6)) if case.clip else 1.0)
-            counters.append({n: _counters(state, case.selection) for n, state in matrices.items()})
-            continue
         given = {n: gradient_of(case, step, n) for n in weights}
         still = {n for n in case.matrices if (step in case.frozen and layer_of(n) == 1) or step < _born(case, n)}
         whole = {n: torch.zeros_like(weights[n]) if g is None else g for n, g in given.items()}
         reference.matrices = {n: state for n, state in matrices.items() if n.partition("[")[0] not in still}
-        reference.step({**whole, **matrix_views(whole, case)})
+        if case.projects:
+            for micro in range(case.micro):
+                local = [{n: own_or_zeros(case, step, micro, k, n) for n in weights} for k in range(case.ranks)]
+                local = [{**of_rank, **matrix_views(of_rank, case)} for of_rank in local]
+                reference.add(local, syncs=micro == case.micro - 1)
+            reference.step_added(min(1.0, case.clip / (reference.norm() + 1e-6)) if case.clip else 1.0)
+        else:
+            reference.step({**whole, **matrix_views(whole, case)})
         counters.append({n: _counters(state, case.selection) for n, state in matrices.items()})
     return Expected(start, weights, counters, {n: s["basis"] for n, s in matrices.items() if "basis" in s})
 
@@ -404,6 +406,7 @@ class Run:
             warnings.filterwarnings("ignore", message=".*rounded to nearest.*")
             self.optimizer = LowRankAdamW(groups, **case.options)
             self.layout = place_model(case.layout, case.ranks, self.model, self.optimizer, **self._placing)
+            self.layout.wire = torch.bfloat16 if case.dtype == "bf16" else None
             for parameter in self.model.parameters() if case.micro else ():
                 parameter._ddp_ignored = True  # type: ignore[attr-defined]  # as exclude_from_ddp leaves it
             with current(self.layout):
@@ -442,6 +445,9 @@ class Run:
         if case.added and self.done == case.added:
             optimizer.add_param_group(self._groups(1)[-1])
             self.layout = self.layout.renewed(optimizer.members, optimizer.param_groups)
+            if case.micro:
+                with current(self.layout):
+                    optimizer.ensure_state()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not (layer_of(name) == 1 and self.done in case.frozen))
         gradients = {n: self._gradient(n) for n in self.layout._members}
@@ -472,12 +478,17 @@ class Run:
             total = torch.zeros(())
             for name in case.matrices:
                 own = local_gradient(case, self.done, micro, this_rank(), name)
-                if own is not None and self.layout.leaf(name).requires_grad:
+                if own is None and not self._forgets(name):
+                    own = own_or_zeros(case, self.done, micro, this_rank(), name)
+                if own is not None and name in self.layout._members and self._trained(name):
                     total = total + (self.layout.leaf(name) * own.to(self.case.weights)).sum()
             with current(self.layout):
                 if total.requires_grad:
                     total.backward()
         self.layout.fill_gradients({n: gradients[n] for n in self.case.rest})
+
+    def _trained(self, name: str) -> bool:
+        return not (layer_of(name) == 1 and self.done in self.case.frozen)
 
     def step_as_filled(self) -> None:
         """One step on the gradients that lie there."""

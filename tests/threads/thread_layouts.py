@@ -41,6 +41,12 @@ def ranks_of(layout: str, size: int) -> Ranks:
     return Ranks(everyone, rank, size, copy_group=Group(copy_group), copy=copy, replica_group=Group(replicas))
 
 
+def copies_of(layout: str, size: int) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each copy of the model; one copy, but for HSDP."""
+    count = 2 if layout == "hsdp" and size % 2 == 0 else 1
+    return tuple(tuple(range(first, size, count)) for first in range(count))
+
+
 def place_model(layout: str, size: int, model: nn.Module, optimizer: Any, **options: Any) -> Any:
     """A layout of this rank; the optimizer's groups are filled, and the model sharded, as the framework does it.
 
@@ -103,6 +109,17 @@ class WholeLayout(ReplicatedLayout):
 
     def to_local(self, name: str, whole: Tensor) -> Tensor:
         return whole
+
+
+class OwnGradients(WholeGradients):
+    """Of leaves that stand for parameters, which say what is frozen."""
+
+    def __init__(self, leaves: Mapping[str, Tensor], parameters: Mapping[str, Tensor], *options: Any):
+        super().__init__(leaves, *options)
+        self._of = parameters
+
+    def trained(self, name: str) -> bool:
+        return self._of[name].requires_grad
 
 
 class CutLayout:
@@ -300,7 +317,8 @@ class CutLayout:
         for name in names:
             like = self._members[name]
             self._leaves[name] = nn.Parameter(torch.zeros(like.shape, dtype=like.parameter.dtype))
-        return WholeGradients(self._leaves, lambda: self.syncing, self.wire)
+        self._trained = {name: self._members[name].parameter for name in names}
+        return OwnGradients(self._leaves, self._trained, lambda: self.syncing, self.wire)
 
     def leaf(self, name: str) -> Tensor:
         return self._leaves[name]
