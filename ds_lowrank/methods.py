@@ -47,7 +47,7 @@ class Method:
     def keeps_drawn(self, device: torch.device | str) -> bool:
         """Whether a rank keeps whole bases, until the next ones, that are neither stored nor sent.
 
-        A CPU takes as long to draw a number again as for its products with about 200 rows. On a GPU memory is what
+        A CPU takes as long to draw a number again as for its products with about 100 rows. On a GPU memory is what
         such a selection is there to save.
         """
         return not self.selection.stored and torch.device(device).type == "cpu"

@@ -6,32 +6,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_lowrank.kernels.triton_lift import mix
-
-PAIRS = 512
+from ds_lowrank.kernels.gaussian import WIDTH
 
 
-@triton.jit
-def uniform(x):
-    """In (0, 1], of 24 bits."""
-    return ((x >> 8).to(tl.float32) + 1.0) * 5.9604644775390625e-08
-
-
-@triton.jit(do_not_specialize=["first", "low", "high", "higher"])
-def gaussian_kernel(out_ptr, numel, first, low, high, higher, factor, PAIRS: tl.constexpr):
-    """``PAIRS`` pairs a program; ``first`` and the words of the key are int64."""
-    pair = first // 2 + tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    place = mix((pair & 0xFFFFFFFF).to(tl.uint32) ^ low.to(tl.uint32))
+@triton.jit(do_not_specialize=["first", "low", "high"])
+def gaussian_kernel(out_ptr, numel, first, low, high, factor, WIDTH: tl.constexpr):
+    """A block of ``WIDTH`` pairs a program; ``first`` and the words of the key are int64."""
+    block = first // (2 * WIDTH) + tl.program_id(0).to(tl.int64)
+    pair = block * WIDTH + tl.arange(0, WIDTH)
+    word = (pair & 0xFFFFFFFF).to(tl.uint32) * 0xED5AD4BB + low.to(tl.uint32)
+    word = (word ^ (word >> 11)) * 0xAC4C1B51 + high.to(tl.uint32)
+    word = (word ^ (word >> 15)) * 0x31848BAB
+    turn = (word ^ (word >> 14)) * 0x846CA68B
+    uniform = word.to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10 + 0.500000059604644775
     # A fast logarithm may be above zero just below one.
-    radius = tl.sqrt(tl.maximum(tl.log(uniform(mix(place + high.to(tl.uint32)))) * factor, 0.0))
-    angle = uniform(mix(place + higher.to(tl.uint32))) * 6.283185307179586
-    at = 2 * pair - first
+    radius = tl.sqrt(tl.maximum(tl.log(uniform) * factor, 0.0))
+    angle = turn.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
+    at = 2 * WIDTH * block + tl.arange(0, WIDTH) - first
     tl.store(out_ptr + at, radius * tl.cos(angle), mask=(at >= 0) & (at < numel))
-    tl.store(out_ptr + at + 1, radius * tl.sin(angle), mask=at + 1 < numel)
+    at += WIDTH
+    tl.store(out_ptr + at, radius * tl.cos(angle - 1.5707963267948966), mask=(at >= 0) & (at < numel))
 
 
-def fill_(out: Tensor, first: int, key: tuple[int, int, int], deviation: float) -> None:
+def fill_(out: Tensor, first: int, key: tuple[int, int], deviation: float) -> None:
     """See :func:`ds_lowrank.kernels.gaussian.torch_fill_`; ``out``: contiguous."""
     if out.numel():
-        pairs = (first + out.numel() + 1) // 2 - first // 2
-        gaussian_kernel[(triton.cdiv(pairs, PAIRS),)](out, out.numel(), first, *key, -2 * deviation**2, PAIRS)
+        blocks = triton.cdiv(first + out.numel(), 2 * WIDTH) - first // (2 * WIDTH)
+        gaussian_kernel[(blocks,)](out, out.numel(), first, *key, -2 * deviation**2, WIDTH)

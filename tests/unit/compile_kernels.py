@@ -11,7 +11,7 @@ from ds_lowrank.kernels import triton_blocks, triton_gaussian, triton_lift, trit
 SIZES = {"rows": "i32", "r": "i32", "blocks": "i32", "width": "i32", "numel": "i32", "short": "i32"}
 ADAM = dict.fromkeys(("w1", "beta2", "w2", "root", "eps", "step_size", "keep", "factor"), "fp32")
 PLACES = {"a_row": "i32", "a_column": "i32", "low": "i64", "high": "i64", "first": "i64"}
-PLACES |= {"index_row": "i64", "index_column": "i64", "higher": "i64"}
+PLACES |= {"index_row": "i64", "index_column": "i64"}
 TABLES = dict.fromkeys(("signed_map", "signed_mid", "unsigned_map", "unsigned_mid", "mid_ptr", "map_ptr"), "*fp32")
 FP32 = dict.fromkeys(
     ("x_ptr", "scale_ptr", "out_ptr", "g_ptr", "n_ptr", "b_ptr", "m_scale_ptr", "v_scale_ptr"), "*fp32"
@@ -30,7 +30,7 @@ KERNELS = [
     ("int8", triton_moments.int8_kernel, {"m_ptr": "*u8", "v_ptr": "*u8"}, BLOCKS),
     ("lift", triton_lift.lift_kernel, {"a_ptr": "*fp32"}, {"STOCHASTIC": False, **LIFT}),
     ("lift_bf16", triton_lift.lift_kernel, {"a_ptr": "*bf16"}, {"STOCHASTIC": False, **LIFT}),
-    ("gaussian", triton_gaussian.gaussian_kernel, {}, {"PAIRS": 512}),
+    ("gaussian", triton_gaussian.gaussian_kernel, {}, {"WIDTH": 256}),
     ("stochastic", triton_lift.lift_kernel, {"a_ptr": "*bf16"}, {"STOCHASTIC": True, **LIFT}),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import types
 
 import method_references as references
@@ -319,7 +320,7 @@ def test_gaussian_numbers_are_independent_and_normal():
     assert abs(float(x.var()) - 1) < 4 * (2 / count) ** 0.5
     assert abs(float(x.pow(4).mean()) - 3) < 4 * (96 / count) ** 0.5
     assert 4 < float(x.abs().max()) < 6
-    for apart in (1, 2, 401, 802):  # of one pair, of neighbouring pairs, of rows
+    for apart in (1, 2, 256, 401, 512, 802):  # of neighbours, of one pair, of rows, of blocks
         flat = x.view(-1)
         assert abs(float((flat[apart:] * flat[:-apart]).mean())) < 4 / count**0.5
         squares = flat.square() - 1
@@ -348,19 +349,50 @@ def test_a_range_of_rows_is_made_alone(width):
         assert torch.equal(gaussian_rows(12345, rows, width), whole[slice(*rows)])
 
 
-def test_the_hash_of_gaussian_numbers_is_that_of_rounding():
-    from ds_lowrank.kernels.gaussian import _mix_
-    from ds_lowrank.states.rounding import _mix
+def number_at(place: int, key: int) -> float:
+    """Of N(0, 1), in whole numbers of Python and double precision."""
+    block, within = divmod(place, 2 * 256)
+    word = (block * 256 + within % 256) * 0xED5AD4BB + (key & 0xFFFFFFFF) & 0xFFFFFFFF
+    word = (word ^ word >> 11) * 0xAC4C1B51 + (key >> 32) & 0xFFFFFFFF
+    word = (word ^ word >> 15) * 0x31848BAB & 0xFFFFFFFF
+    turn = (word ^ word >> 14) * 0x846CA68B & 0xFFFFFFFF
+    signed = word - (word >> 31 << 32)
+    radius = math.sqrt(-2 * math.log(min(1.0, signed / 2**32 + 0.5 + 2**-24)))
+    return radius * (math.cos if within < 256 else math.sin)(2 * math.pi * turn / 2**32)
 
-    x = torch.arange(0, 1 << 32, 9_999_991)
-    assert torch.equal(_mix_(x.to(torch.int32)).long() & 0xFFFFFFFF, _mix(x))
+
+@pytest.mark.parametrize("key", [0, 12345, 0x7FEDCBA9_87654321])
+@pytest.mark.parametrize("first", [0, 200, 512 * 7, 2**31 - 100, 2**32 - 700])
+def test_gaussian_numbers_are_those_of_a_hash_of_their_places(first, key):
+    from ds_lowrank.kernels.gaussian import torch_fill_, words
+
+    found = torch.empty(700)
+    torch_fill_(found, first, words(key), 1.0)
+    expected = torch.tensor([number_at(first + k, key) for k in range(700)])
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("part", [1, 3, 100, 4096])
+def test_gaussian_bases_stretch_as_random_matrices_do():
+    """Marchenko and Pastur: the singular values of n × r numbers N(0, 1/n) end at 1 ± sqrt(r / n)."""
+    for refresh in range(3):
+        values = torch.linalg.svdvals(gaussian(Key(1, "w", refresh), 1024, 256).double() * (256 / 1024) ** 0.5)
+        assert float((values[[0, -1]] - torch.tensor([1.5, 0.5])).abs().max()) < 0.04
+
+
+def test_gaussian_numbers_are_uncorrelated_at_every_distance():
+    x = gaussian(Key(3, "w", 0), 1024, 256).view(-1).double() * 16
+    count = x.numel()
+    for values in (x, (x.square() - 1) / 2**0.5, x.sign()):
+        spectrum = torch.fft.rfft(values, 2 * count).abs().square()
+        found = torch.fft.irfft(spectrum)[1 : count // 2] / (count - torch.arange(1, count // 2)).sqrt()
+        assert float(found.abs().max()) < 6.5  # 131071 normal numbers: 1e-5 of them
+
+
+@pytest.mark.parametrize("part", [1, 3, 7, 4096])
 def test_gaussian_numbers_do_not_depend_on_how_many_are_made_at_once(part):
     from ds_lowrank.kernels.gaussian import torch_fill_, words
 
-    expected, found = torch.empty(1001), torch.empty(1001)
+    expected, found = torch.empty(5001), torch.empty(5001)
     torch_fill_(expected, 5, words(7 << 50), 1.0)
     torch_fill_(found, 5, words(7 << 50), 1.0, part)
     assert torch.equal(found, expected)
