@@ -252,8 +252,6 @@ class LowRankAdamW(JoinableOptimizer):
         stats, self._refresher.stats = self._refresher.stats, RefreshStats()
         return stats
 
-    @torch.inference_mode(False)  # which enables gradients; a state made there could not be changed elsewhere
-    @torch.no_grad()
     def ensure_state(self) -> None:
         """Find the layout, verify it and create what state is missing.
 
@@ -262,6 +260,12 @@ class LowRankAdamW(JoinableOptimizer):
         Raises:
             ValueError: a loaded state does not fit, on all ranks.
         """
+        if self._layout is None or self._outdated or self.state[STATE_KEY] is not self._complete:  # type: ignore[index]
+            self._make_state()
+
+    @torch.inference_mode(False)  # which enables gradients; a state made there could not be changed elsewhere
+    @torch.no_grad()
+    def _make_state(self) -> None:
         if self._layout is None or self._outdated:
             self._find_layout()
         states = self.state[STATE_KEY]  # type: ignore[index]
@@ -438,7 +442,6 @@ class LowRankAdamW(JoinableOptimizer):
 
     # -- step -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step the groups in ``param_groups``, which a framework may have cut to one of them.
 

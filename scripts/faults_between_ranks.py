@@ -379,15 +379,15 @@ MOVES = [
     ),
     Mutant(
         "engine/step.py",
-        "Push(scale[whole:] * hyper.lr, blocks[-1])",
+        "Push(scale[whole:], hyper.lr, blocks[-1])",
         "None",
         "the gradient itself does not move buffered rows",
         "threads/test_thread_method_layouts.py",
     ),
     Mutant(
         "engine/step.py",
-        "Push(scale[:whole] * hyper.lr, blocks[0])",
-        "Push(scale[-whole:] * hyper.lr, blocks[0])",
+        "Push(scale if share.buffer is None else scale[:whole], hyper.lr, blocks[0])",
+        "Push(scale[-whole:], hyper.lr, blocks[0])",
         "rows are pushed by the numbers of the rows below",
         "threads/test_thread_method_layouts.py",
     ),

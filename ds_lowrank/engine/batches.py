@@ -106,7 +106,7 @@ class Batches:
             states: name -> state.
 
         Returns:
-            Tensors that share the states' memory, but for those of one a matrix: see :meth:`put`.
+            Tensors that share the states' memory, but for those of one a matrix, of several: see :meth:`put`.
         """
         first = run[0]
         kind = (first.r, first.dtype)
@@ -124,6 +124,9 @@ class Batches:
             tensors = self._kept.tensors(*kind)
             found = {key: torch.zeros(0, tensors[key].width, dtype=tensors[key].dtype) for key in rows}
         for key, none in single.items():
+            if len(run) == 1 and key in states[first.name]:
+                found[key] = states[first.name][key]
+                continue
             of = [states[p.name].get(key, none) for p in run]
             home = next((t.device for t in of if isinstance(t, Tensor) and t is not none), none.device)
             found[key] = torch.cat([t.to(home) for t in of if isinstance(t, Tensor)])
@@ -139,7 +142,7 @@ class Batches:
         """Keep what of a run is one a matrix."""
         for key in self._keys[run[0].r, run[0].dtype][1]:
             for k, plan in enumerate(run):
-                if key in states[plan.name]:
+                if key in states[plan.name] and kept[key] is not states[plan.name][key]:
                     tensor_of(states[plan.name], key).copy_(kept[key][k : k + 1])
 
     def _rows_of(

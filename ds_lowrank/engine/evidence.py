@@ -5,17 +5,19 @@ Nobody gathers a full gradient but where the longer side is projected, whose Gra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ds_lowrank.comm.collectives import Comm, Pending
 from ds_lowrank.plan.matrices import MatrixPlan
-from ds_lowrank.subspace.project import gram
+from ds_lowrank.subspace.project import gram, row_squares
 
 # name -> blocks of rows of A's gradient on this rank.
 Rows = Mapping[str, Sequence[Tensor]]
+# name -> |∇A_i|² of every row of the same blocks.
+Squares = MutableMapping[str, list[Tensor]]
 
 
 class Evidence:
@@ -51,27 +53,38 @@ class Evidence:
             **self._gather_rows([p for p in plans if p.gathers], rows),
         }
 
-    def alive(self, plans: Sequence[MatrixPlan], rows: Rows) -> set[str]:
+    def alive(self, plans: Sequence[MatrixPlan], rows: Rows, squares: Squares | None = None) -> set[str]:
         """Names of the matrices whose gradient is finite and not zero. Collective when one of them is shared.
 
         Args:
             plans: the shared ones are the same on all ranks.
             rows: of this rank.
+            squares: gets |∇A_i|² of every row, where who steps will want them: the gradient is read once for both.
         """
         found: set[str] = set()
         for shared in (True, False):
             asked = [p for p in plans if p.shared is shared]
-            largest = torch.zeros(len(asked), dtype=torch.float64, device=self._device)
-            for k, plan in enumerate(asked):
-                for block in rows.get(plan.name, ()):
-                    if block.numel():
-                        # The largest magnitude, NaN as soon as one is, without a copy; torch's infinity norm takes 20
-                        # times as long on a CPU.
-                        largest[k] += torch.maximum(block.amax(), block.amin().neg()).to(largest)
-            if shared and asked:
-                self._comm.all_reduce(largest, "refresh verdicts").wait()
-            found.update(p.name for p, x in zip(asked, largest.tolist()) if 0.0 < x < float("inf"))
+            if not asked:
+                continue
+            sizes = [sum(self._sizes(plan, rows.get(plan.name, ()), squares)) for plan in asked]
+            if shared:
+                summed = torch.tensor(sizes, dtype=torch.float64, device=self._device)
+                sizes = self._comm.all_reduce(summed, "refresh verdicts").wait().tolist()
+            found.update(p.name for p, size in zip(asked, sizes) if 0.0 < size < float("inf"))
+        if squares is not None:
+            for plan in plans:
+                if plan.name not in found:
+                    squares.pop(plan.name, None)
         return found
+
+    def _sizes(self, plan: MatrixPlan, blocks: Sequence[Tensor], squares: Squares | None) -> list[float]:
+        """Of each block a number that is zero, finite or not as its largest is."""
+        if squares is None:
+            return [_extent(block) for block in blocks]
+        own = squares[plan.name] = [row_squares(block, plan.dtype) for block in blocks]
+        sizes = [float(part.sum()) for part in own]
+        # What is not zero or infinite may have a square that is.
+        return [size if 0.0 < size < float("inf") else _extent(b) for size, b in zip(sizes, blocks)]
 
     def _gram(self, plan: MatrixPlan, rows: Rows) -> Tensor:
         parts = [gram(block.to(self._device), self._dtype) for block in rows[plan.name]]
@@ -140,6 +153,20 @@ class Evidence:
             return {name: torch.cat(parts) for name, parts in found.items()}
 
         return _one_by_one(owned, Pending(gathered))
+
+
+def _extent(block: Tensor) -> float:
+    """Sum of the magnitudes of the largest and the smallest number, NaN as soon as one is, without a copy.
+
+    torch's infinity norm takes 20 times as long on a CPU.
+    """
+    if not block.numel():
+        return 0.0
+    lying = block if block.is_contiguous() else block.mT
+    if lying.is_contiguous():
+        extremes = torch.aminmax(lying)
+        return abs(float(extremes.min)) + abs(float(extremes.max))
+    return abs(float(block.amin())) + abs(float(block.amax()))
 
 
 def _one_by_one(owned: Sequence[MatrixPlan], together: Pending[dict[str, Tensor]]) -> dict[str, Pending[Tensor]]:

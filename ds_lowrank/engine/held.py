@@ -28,7 +28,7 @@ class Held:
         self._tall: dict[str, tuple[tuple[int, int], tuple[int, int], int] | None] = {}
 
     def forget(self) -> None:
-        """Let go of what one step holds: at its end, and where one has failed at the beginning of the next."""
+        """Let go of what one step holds."""
         self._weights.clear()
         self._missing.clear()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.engine.bases import Bases
-from ds_lowrank.engine.evidence import Evidence, Rows
+from ds_lowrank.engine.evidence import Evidence, Rows, Squares
 from ds_lowrank.engine.state import MatrixState, number_of, tensor_of
 from ds_lowrank.methods import Method
 from ds_lowrank.plan.matrices import MatrixPlan
@@ -89,7 +89,14 @@ class Refresher:
         self._warned = False
         self.stats = RefreshStats()
 
-    def run(self, plans: Sequence[MatrixPlan], rows: Rows, states: Mapping[str, MatrixState], groups: Groups) -> None:
+    def run(
+        self,
+        plans: Sequence[MatrixPlan],
+        rows: Rows,
+        states: Mapping[str, MatrixState],
+        groups: Groups,
+        squares: Squares | None = None,
+    ) -> None:
         """Refresh a wave of matrices side by side. Collective when one of them is shared.
 
         Args:
@@ -98,14 +105,21 @@ class Refresher:
             rows: name -> blocks of rows of A's gradient on this rank.
             states: name -> state; the counters of shared matrices are known to every rank, others to their holder.
             groups: hyper-parameters by a group's index; ``betas``, for what carries moments over.
+            squares: gets squares of rows where they were found by the way, see :meth:`Evidence.alive`.
         """
-        self.install(self.find(plans, rows, states), states, groups)
+        self.install(self.find(plans, rows, states, squares), states, groups)
 
-    def find(self, plans: Sequence[MatrixPlan], rows: Rows | None, states: Mapping[str, MatrixState]) -> NewBases:
+    def find(
+        self,
+        plans: Sequence[MatrixPlan],
+        rows: Rows | None,
+        states: Mapping[str, MatrixState],
+        squares: Squares | None = None,
+    ) -> NewBases:
         """New bases, encoded and with those who keep them, while states stay as they are. Collective as :meth:`run`.
 
         Args:
-            plans, states: see :meth:`run`.
+            plans, states, squares: see :meth:`run`.
             rows: see :meth:`run`; ``None`` where the key alone decides and it is not known yet which matrices have a
                 gradient: all of them get a basis.
         """
@@ -124,7 +138,7 @@ class Refresher:
             fresh = {p.name: basis.indices for p in local if (basis := drawn[p.name]) is not None}
             fresh.update(self._tell(shared, drawn))
         else:
-            alive = {p.name for p in plans} if rows is None else self._evidence.alive(plans, rows)
+            alive = {p.name for p in plans} if rows is None else self._evidence.alive(plans, rows, squares)
             fresh = dict.fromkeys(sorted(alive))
             drawn = {}
             if self._method.selection.stored:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ds_lowrank.comm.collectives import Comm, Pending
 from ds_lowrank.engine.bases import Bases
 from ds_lowrank.engine.batches import Batches, waves_of
+from ds_lowrank.engine.evidence import Squares
 from ds_lowrank.engine.held import Held
 from ds_lowrank.engine.refine import Refiner
 from ds_lowrank.engine.refresh import Groups, Refresher
@@ -23,7 +24,7 @@ from ds_lowrank.plan.geometry import Box
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.rules import Hyper, Stack, Update
 from ds_lowrank.states.rounding import Place, rounding_key
-from ds_lowrank.subspace.project import Push, drop_rounding_, lift_, project, round_
+from ds_lowrank.subspace.project import Push, drop_rounding_, lift_, project, round_, row_squares
 from ds_lowrank.subspace.sides import Side, as_rows
 
 States = Mapping[str, MatrixState]
@@ -75,6 +76,8 @@ class LowRankStep:
         self._projected: dict[str, Tensor | None] = {}
         self._factor: Tensor | None = None  # on these sums
         self._wire: Callable[[str], torch.dtype] | None = None  # of directions, by parameter
+        # |∇A_i|² of every row where a refresh has found them, until the step; None: nobody wants them.
+        self._squares: Squares | None = {} if method.rule.reads_gradient else None
 
     def run(self, plans: Sequence[MatrixPlan], states: States, groups: Groups) -> None:
         """Step matrices. Collective when one of them is shared.
@@ -84,7 +87,7 @@ class LowRankStep:
             states: name -> state, see :class:`ds_lowrank.engine.state.NewStates`.
             groups: their hyper-parameters: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``.
         """
-        self._held.forget()
+        self._forget_gradients()
         # On one process and under DDP, which gives all ranks the same gradients, a missing one means no step, as in
         # torch's optimizers. Where a model is sharded it counts as zero, as DeepSpeed delivers it: ranks may differ in
         # what has one, and the collectives must not.
@@ -101,7 +104,7 @@ class LowRankStep:
             plans = [p for p in plans if p.name not in done]
         # A matrix whose gradient has always been zero has no basis: no step.
         self._step_batches([p for p in plans if states[p.name]["refreshes"]], states, groups)
-        self._held.forget()
+        self._forget_gradients()
 
     def run_projected(
         self,
@@ -161,6 +164,12 @@ class LowRankStep:
         """Drop accumulated projections."""
         self._projected.clear()
 
+    def _forget_gradients(self) -> None:
+        """Let go of what one step holds: at its end, and where one has failed at the beginning of the next."""
+        self._held.forget()
+        if self._squares:
+            self._squares.clear()
+
     def forget_states(self) -> None:
         """Let go of states in whose place others were loaded."""
         self._batches.forget()
@@ -184,7 +193,7 @@ class LowRankStep:
             shared = [p for p in wave if p.shared]
             rows = self._rows.collect(shared).wait() if shared else {}
             rows.update({p.name: self._rows.local(p) for p in wave if not p.shared})
-            self._refresher.run(wave, rows, states, groups)
+            self._refresher.run(wave, rows, states, groups, self._squares)
             for batch in self._batches.group([p for p in shared if states[p.name]["refreshes"]]):
                 leaving = self._step_batch(batch, rows, self._bases.join(batch, states).wait(), states, groups)
                 if leaving is not None:
@@ -316,6 +325,8 @@ class LowRankStep:
                 if self._factor is not None:
                     parts[plan.name].mul_(self._factor)
             elif plan.name in parts and basis is not None:
+                if self._squares is not None:
+                    self._find_squares(plan, rows[plan.name], self._squares)
                 self.project(plan, states[plan.name], rows[plan.name], basis, parts[plan.name])
         refining = None
         if self._sketches:
@@ -347,6 +358,11 @@ class LowRankStep:
             self._lift(plan, states[plan.name], low, scale, rows.pop(plan.name, ()), bases[plan.name], hyper, updates)
         if refining is not None:
             self._refiner.finish(refining, states, hyper)
+
+    def _find_squares(self, plan: MatrixPlan, blocks: Sequence[Tensor], squares: Squares) -> None:
+        """Squares of rows ahead of the projection, which takes half the time on a CPU where the gradient is cached."""
+        if plan.name not in squares and all(b.device.type == "cpu" and b.stride(1) == 1 for b in blocks):
+            squares[plan.name] = [row_squares(block, plan.dtype) for block in blocks]
 
     def project(
         self, plan: MatrixPlan, state: MatrixState, blocks: Sequence[Tensor], basis: Tensor, out: Tensor
@@ -397,10 +413,14 @@ class LowRankStep:
             update = rule.kept_step(layout.formats, kept, r, hyper)
             self._batches.put(run, states, kept)
             return update
-        blocks = [[b.to(r.device) for b in rows.get(p.name, ())] for p in run] if rule.reads_gradient else []
-        whole = [None if basis is None else basis.to(r.device) for basis in (bases[p.name] for p in run)]
+        home = r.device
+        blocks = [[_on(home, b) for b in rows.get(p.name, ())] for p in run] if rule.reads_gradient else []
+        whole = [None if basis is None else _on(home, basis) for basis in (bases[p.name] for p in run)]
         opened = {slot.name: layout.read(kept, slot.name, r.shape[1], r.dtype) for slot in rule.slots}
-        stack = Stack(counts, blocks, whole, r.device)
+        known = {}
+        if self._squares:
+            known = {k: found for k, p in enumerate(run) if (found := self._squares.pop(p.name, None)) is not None}
+        stack = Stack(counts, blocks, whole, home, {k: [_on(home, part) for part in of] for k, of in known.items()})
         stepping = rule.step(r, opened, hyper, stack) if trial is None else trial.watch(run, r, opened, hyper, stack)
         update = self._drive(stepping, run[0].shared) if isinstance(stepping, Generator) else stepping
         for name, value in opened.items():
@@ -421,8 +441,8 @@ class LowRankStep:
                 total = partial
                 if shared:  # of a copy: what a rule has yielded stays its own
                     mine = partial.to(self._device, copy=True).contiguous()
-                    total = self._comm.all_reduce(mine, "sums of a rule").wait()
-                partial = steps.send(total.to(partial.device))
+                    total = self._comm.all_reduce(mine, "sums of a rule").wait().to(partial.device)
+                partial = steps.send(total)
         except StopIteration as stop:
             return stop.value
 
@@ -446,18 +466,20 @@ class LowRankStep:
             weights = self._held.weight_rows(plan)
             place = None if self._rounding_seed is None else self._place(plan, state, share.view, plan.side)
             inside = low if low is None or share.buffer is None else low[:whole]
-            push = None if scale is None else Push(scale[:whole] * hyper.lr, blocks[0])
+            push = None
+            if scale is not None:
+                push = Push(scale if share.buffer is None else scale[:whole], hyper.lr, blocks[0])
             if weights.device == self._device:
                 lift_(weights, inside, basis, step_size, keep, place, push)
             else:  # offloaded weights visit the device one matrix at a time
                 visiting = weights.to(self._device)
                 if push is not None:
-                    push = Push(push.row_step, push.gradient.to(self._device))
+                    push = push._replace(gradient=push.gradient.to(self._device))
                 lift_(visiting, inside, basis, step_size, keep, place, push)
                 weights.copy_(visiting)
         if share.buffer is not None:
             update = torch.empty(share.buffer.shape, dtype=plan.dtype, device=self._device)
-            push = None if scale is None else Push(scale[whole:] * hyper.lr, blocks[-1])
+            push = None if scale is None else Push(scale[whole:], hyper.lr, blocks[-1])
             inside = None if low is None else low[whole:]
             lift_(as_rows(update, plan.side), inside, basis, step_size, 0.0, None, push)
             updates[plan.name] = update
@@ -511,6 +533,10 @@ def _apply(weights: Tensor, update: Tensor, dtype: torch.dtype, keep: float, pla
         weights.mul_(keep).add_(update.to(weights.device)) if keep != 1.0 else weights.add_(update.to(weights.device))
     else:
         round_(weights, weights.to(dtype).mul_(keep).add_(update.to(weights.device)), place)
+
+
+def _on(device: torch.device, tensor: Tensor) -> Tensor:
+    return tensor if tensor.device == device else tensor.to(device)
 
 
 def _buffered_rows(plan: MatrixPlan, buffer: Box) -> int:

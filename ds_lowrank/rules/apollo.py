@@ -33,12 +33,11 @@ class Apollo(Rule):
         check_limiter(options)
 
     def step(self, r: Tensor, state: MutableMapping[str, Tensor], hyper: Hyper, stack: Stack) -> Steps:  # noqa: D102
-        corrected = correction(hyper)
         sizes, lengths = _sizes(r, state, hyper)
-        phi = lengths / (corrected * (sizes + TINY))
-        total = yield stack.totals(phi.square() * stack.gradient_squares(r.dtype))
-        factor = limit(state, total.sqrt(), hyper.options["limiter"])
-        return Update(None, phi * (hyper.scale * corrected) * stack.each_row(factor))
+        phi = lengths.div_(sizes.add_(TINY))  # times c
+        total = yield stack.totals(phi.square().mul_(stack.gradient_squares(r.dtype)))
+        factor = limit(state, total.sqrt(), correction(hyper), hyper.options["limiter"], hyper.scale)
+        return Update(None, phi.mul_(stack.each_row(factor)))
 
 
 @register
@@ -48,14 +47,12 @@ class ApolloMini(Apollo):
     name = "apollo_mini"
 
     def step(self, r: Tensor, state: MutableMapping[str, Tensor], hyper: Hyper, stack: Stack) -> Steps:  # noqa: D102
-        corrected = correction(hyper)
-        squares = [size.square() for size in _sizes(r, state, hyper)]
-        squares.append(stack.gradient_squares(r.dtype))
-        total = yield torch.cat([stack.totals(numbers) for numbers in squares])
-        size, length, gradient = total.sqrt().view(3, -1)
-        phi = length / (corrected * (size + TINY))
-        factor = limit(state, phi * gradient, hyper.options["limiter"])
-        return Update(None, stack.each_row(hyper.scale * corrected * factor * phi))
+        squares = [stack.totals(size.square_()) for size in _sizes(r, state, hyper)]
+        total = yield torch.cat([*squares, stack.gradient_totals(r.dtype)])
+        size, length, gradient = total.sqrt().chunk(3)
+        phi = length / size.add_(TINY)  # times c
+        factor = limit(state, phi * gradient, correction(hyper), hyper.options["limiter"], hyper.scale)
+        return Update(None, stack.each_row(factor.mul_(phi)))
 
 
 def _sizes(r: Tensor, state: MutableMapping[str, Tensor], hyper: Hyper) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ds_lowrank.states.formats import Formats
 from ds_lowrank.states.layout import Slot
-from ds_lowrank.subspace.project import row_squares
+from ds_lowrank.subspace.project import energy, row_squares
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Stack:
             ``reads_gradient``.
         bases: for each matrix, B (short × r), ``None`` where no row is computed or the rule lifts nothing.
         device: of all of these, and of the states.
+        squares: |∇A_i|² of every row of each block, by the matrix' number, where they are known.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class Stack:
         blocks: Sequence[Sequence[Tensor]] = (),
         bases: Sequence[Tensor | None] = (),
         device: torch.device | str = "cpu",
+        squares: Mapping[int, Sequence[Tensor]] | None = None,
     ):
         self.counts = list(counts)
         self.device = device
         self.blocks = blocks
         self.bases = bases
+        self._squares = dict(squares or {})
 
     def totals(self, numbers: Tensor) -> Tensor:
         """Sum of a number a row over the rows of each matrix that are on this rank.
@@ -89,7 +92,7 @@ class Stack:
             (matrices,): yield it to get the sums over all ranks.
         """
         if len(self.counts) == 1:
-            return numbers.sum().view(1)
+            return numbers.sum(0, keepdim=True)
         return torch.stack([part.sum() for part in numbers.split(self.counts)])
 
     def each_row(self, numbers: Tensor) -> Tensor:
@@ -99,19 +102,36 @@ class Stack:
         return numbers.repeat_interleave(torch.tensor(self.counts, device=numbers.device))
 
     def gradient_squares(self, dtype: torch.dtype) -> Tensor:
-        """|∇A_i|² of every row, (rows,) in ``dtype``."""
-        parts = [row_squares(block, dtype) for blocks in self.blocks for block in blocks]
+        """|∇A_i|² of every row, (rows,) in ``dtype``; a tensor of its own."""
+        parts: list[Tensor] = []
+        for k, blocks in enumerate(self.blocks):  # known ones are given away: a rule may change them
+            parts += self._squares.pop(k, ()) or [row_squares(block, dtype) for block in blocks]
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=dtype, device=self.device)
+
+    def gradient_totals(self, dtype: torch.dtype) -> Tensor:
+        """Sum of these over the rows of each matrix that are on this rank, without them: (matrices,) in ``dtype``."""
+        parts = [
+            [square.sum() for square in self._squares[k]]
+            if k in self._squares
+            else [energy(block, dtype) for block in blocks]
+            for k, blocks in enumerate(self.blocks)
+        ]
+        if len(parts) == 1 == len(parts[0]):
+            return parts[0][0].view(1)
+        zero = torch.zeros((), dtype=dtype, device=self.device)
+        return torch.stack([sum(of, zero) for of in parts])
 
     def lifted_squares(self, x: Tensor) -> Tensor:
         """|x_i Bᵀ|² of every row of ``x`` (rows × r): (rows,). A basis that is kept in few bits is not orthonormal."""
         parts = [
             (part @ (basis.mT @ basis)).mul_(part).sum(dim=1)
-            for part, basis in zip(x.split(self.counts), self.bases)
+            for part, basis in zip(x.split(self.counts) if len(self.counts) > 1 else [x], self.bases)
             if basis is not None
         ]
+        if len(parts) == 1:
+            return parts[0]
         return torch.cat(parts) if parts else x.new_zeros(0)
 
 

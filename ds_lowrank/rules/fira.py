@@ -34,14 +34,13 @@ class Fira(Rule):
         check_limiter(options)
 
     def step(self, r: Tensor, state: MutableMapping[str, Tensor], hyper: Hyper, stack: Stack) -> Steps:  # noqa: D102
-        corrected, alpha = correction(hyper), hyper.scale
+        alpha = hyper.scale
         sizes = torch.linalg.vector_norm(r, dim=1)
-        gradient = stack.gradient_squares(r.dtype)
         # ∇A · R Bᵀ is |R|², as R = ∇A B. Rounding may leave less than nothing of a gradient that the basis sees whole.
-        residual = (gradient - 2 * alpha * sizes.square() + alpha**2 * stack.lifted_squares(r)).clamp_(min=0)
+        residual = stack.gradient_squares(r.dtype).addcmul_(sizes, sizes, value=-2 * alpha)
+        residual = residual.add_(stack.lifted_squares(r), alpha=alpha**2).clamp_(min=0)
         n = adamw_direction_(r.clone(), state["exp_avg"], state["exp_avg_sq"], hyper.step, hyper.betas, hyper.eps)
-        phi = torch.linalg.vector_norm(n, dim=1) / (corrected * (sizes + TINY))
-        total = yield stack.totals(phi.square() * residual)
-        factor = limit(state, total.sqrt(), hyper.options["limiter"])
-        row_scale = phi * corrected * stack.each_row(factor)
+        phi = torch.linalg.vector_norm(n, dim=1).div_(sizes.add_(TINY))  # times c
+        total = yield stack.totals(phi.square().mul_(residual))
+        row_scale = phi.mul_(stack.each_row(limit(state, total.sqrt(), correction(hyper), hyper.options["limiter"])))
         return Update(n.addcmul_(r, row_scale[:, None], value=-1), row_scale)

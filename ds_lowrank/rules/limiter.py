@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping
 
+import torch
 from torch import Tensor
 
 from ds_lowrank.rules.base import Hyper
@@ -26,24 +27,50 @@ def correction(hyper: Hyper) -> float:
     return math.sqrt(1 - beta2**hyper.step) / (1 - beta1**hyper.step)
 
 
-def limit(state: MutableMapping[str, Tensor], norms: Tensor, growth: float) -> Tensor:
-    """What S is multiplied by, at most 1; the limited norm is remembered.
+def limit(
+    state: MutableMapping[str, Tensor], norms: Tensor, corrected: float, growth: float, scale: float = 1.0
+) -> Tensor:
+    """What S is multiplied by, at most 1, times ``scale``; the limited norm is remembered.
 
     A norm of zero is not remembered: after it nothing above γ · 1e-8 would pass, and that bound grows by γ a step.
 
     Args:
         state: with :data:`LIMITER_NORM`, matrices × 1; changed in place.
-        norms: ‖S‖, (matrices,).
+        norms: c ‖S‖, (matrices,); may be overwritten.
+        corrected: c.
         growth: γ; infinity limits nothing.
+        scale: of what is returned, not of what is remembered.
 
     Returns:
         (matrices,).
     """
     last = state[LIMITER_NORM.name].squeeze(1)
+    # On a CPU numbers are read without waiting, and cost less than a call of torch.
+    limited = _limit_numbers if norms.device.type == "cpu" else _limit_tensors
+    return limited(last, norms, corrected, growth, scale)
+
+
+def _limit_tensors(last: Tensor, norms: Tensor, corrected: float, growth: float, scale: float) -> Tensor:
+    norms = norms / corrected
     factor = (growth * (last + TINY) / norms).clamp(max=1.0).where((last > 0) & (norms > 0), 1.0)
     limited = factor * norms
     last.copy_(limited.where((limited > 0) & limited.isfinite(), last))
-    return factor
+    return factor * scale
+
+
+def _limit_numbers(last: Tensor, norms: Tensor, corrected: float, growth: float, scale: float) -> Tensor:
+    factors, remembered = [], []
+    for before, norm in zip(last.tolist(), norms.tolist()):
+        norm /= corrected
+        factor = min(1.0, growth * (before + TINY) / norm) if before > 0.0 and norm > 0.0 else 1.0
+        factors.append(factor * scale)
+        remembered.append(factor * norm if 0.0 < factor * norm < math.inf else before)
+    _fill_(last, remembered)
+    return _fill_(norms, factors)
+
+
+def _fill_(tensor: Tensor, numbers: list[float]) -> Tensor:
+    return tensor.fill_(numbers[0]) if len(numbers) == 1 else tensor.copy_(torch.tensor(numbers, dtype=tensor.dtype))
 
 
 def check_limiter(options: Mapping[str, float]) -> None:

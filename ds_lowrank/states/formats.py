@@ -114,7 +114,7 @@ class Plain(Format):
         return (x if self._narrow is None else x.to(self._narrow),)
 
     def decode(self, stored: Sequence[Tensor], r: int, dtype: torch.dtype) -> Tensor:  # noqa: D102
-        return stored[0].to(dtype)
+        return stored[0] if stored[0].dtype == dtype else stored[0].to(dtype)
 
 
 class Dynamic(Format):

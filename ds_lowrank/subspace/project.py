@@ -148,14 +148,16 @@ def drop_rounding_(product: Tensor, a: Tensor, drawn: Tensor, gradient_dtype: to
 
 
 class Push(NamedTuple):
-    """How the gradient itself moves rows: by − row_step ⊙ ∇A.
+    """How the gradient itself moves rows: by − step_size s ⊙ ∇A.
 
     Attributes:
-        row_step: learning rate times s, (rows,), the dtype that is computed with.
+        row_scale: s, (rows,), the dtype that is computed with.
+        step_size: learning rate.
         gradient: rows × short, any float dtype.
     """
 
-    row_step: Tensor
+    row_scale: Tensor
+    step_size: float
     gradient: Tensor
 
 
@@ -168,7 +170,7 @@ def lift_(
     place: Place | None = None,
     push: Push | None = None,
 ) -> None:
-    """A ← keep · A − step_size · N Bᵀ − row_step ⊙ ∇A, in place.
+    """A ← keep · A − step_size · N Bᵀ − push.step_size s ⊙ ∇A, in place.
 
     Args:
         a: rows × short, the weights (or an update buffer), any float dtype and strides.
@@ -181,7 +183,7 @@ def lift_(
 
     A dtype narrower than what is computed with is computed in that and rounded once, to nearest without a ``place``.
     """
-    work = direction if direction is not None else push.row_step if push is not None else a
+    work = direction if direction is not None else push.row_scale if push is not None else a
     if a.dtype == work.dtype:
         if push is None and direction is not None and basis is not None:
             a.addmm_(direction, basis.mT, beta=keep, alpha=-step_size)
@@ -196,7 +198,9 @@ def lift_(
         for at in range(0, len(a), chunk):
             rows = a[at : at + chunk]
             part = None if direction is None else direction[at : at + chunk]
-            pushing = None if push is None else Push(push.row_step[at : at + chunk], push.gradient[at : at + chunk])
+            pushing = None
+            if push is not None:
+                pushing = Push(push.row_scale[at : at + chunk], push.step_size, push.gradient[at : at + chunk])
             wide = rows.to(work.dtype)
             _move(wide, part, basis, step_size, keep, pushing)
             round_(rows, wide, place and place.below(at))
@@ -213,7 +217,8 @@ def _move(
     elif keep != 1.0:
         a.mul_(keep)
     if push is not None:
-        a.addcmul_(push.row_step[:, None], push.gradient.to(a.dtype), value=-1)
+        gradient = push.gradient if push.gradient.dtype == a.dtype else push.gradient.to(a.dtype)
+        a.addcmul_(push.row_scale.unsqueeze(1), gradient, value=-push.step_size)
 
 
 def round_(a: Tensor, wide: Tensor, place: Place | None) -> None:

@@ -65,8 +65,12 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor) and not any(found is arg for arg in args):
-            self.numel = max(self.numel, found.numel())
+        given = [arg for arg in args if isinstance(arg, Tensor)]
+        for tensor in found if isinstance(found, tuple) else (found,):
+            if isinstance(tensor, Tensor) and not any(tensor.data_ptr() == arg.data_ptr() for arg in given):
+                self.numel = max(self.numel, tensor.numel())
+        if func is torch.ops.aten.aminmax.default and not args[0].is_contiguous():
+            self.numel = max(self.numel, args[0].numel())  # it makes a copy that is contiguous, out of sight
         return found
 
 
