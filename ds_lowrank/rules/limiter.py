@@ -66,7 +66,7 @@ def _limit_numbers(last: Tensor, norms: Tensor, corrected: float, growth: float,
         factors.append(factor * scale)
         remembered.append(factor * norm if 0.0 < factor * norm < math.inf else before)
     _fill_(last, remembered)
-    return _fill_(norms, factors)
+    return _fill_(norms if factors else norms[:0], factors)  # a rank without rows may keep no norm
 
 
 def _fill_(tensor: Tensor, numbers: list[float]) -> Tensor:
