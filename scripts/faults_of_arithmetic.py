@@ -158,8 +158,8 @@ ARITHMETIC = [
 METHODS = [
     Mutant(
         "subspace/project.py",
-        "push.gradient.to(a.dtype), value=-1)",
-        "push.gradient.to(a.dtype), value=1)",
+        "gradient, value=-push.step_size)",
+        "gradient, value=push.step_size)",
         "the gradient moves weights uphill",
         "threads/test_thread_method_layouts.py",
     ),
@@ -186,8 +186,8 @@ METHODS = [
     ),
     Mutant(
         "rules/fira.py",
-        "total = yield stack.totals(phi.square() * residual)",
-        "total = stack.totals(phi.square() * residual)\n        yield total",
+        "total = yield stack.totals(phi.square().mul_(residual))",
+        "total = stack.totals(phi.square().mul_(residual))\n        yield total",
         "fira limits by the norm of one rank's rows",
         "threads/test_thread_method_layouts.py -k fira",
     ),
