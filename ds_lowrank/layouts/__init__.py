@@ -26,6 +26,7 @@ from ds_lowrank.layouts.ddp import (
     ignore_in_ddp,
     in_join,
     joins_first,
+    replicates,
     steps_now,
 )
 from ds_lowrank.layouts.zero import BF16_MASTER, ZeroLayout, check_left_out, in_flat_buffers, is_zero12
@@ -50,6 +51,7 @@ __all__ = [
     "is_dtensor",
     "joins_first",
     "local_tensors",
+    "replicates",
     "steps_now",
     "whole_shape",
     "write_parameter",
