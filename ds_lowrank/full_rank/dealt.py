@@ -359,9 +359,9 @@ class DealtFullRank:
             for key in [key for key, kept in state.items() if isinstance(kept, Tensor) and key != "step"]:
                 by_block = key.endswith("_scale")
                 whole = self._join(name, state[key], by_block, takers)
-                entry[key] = whole if by_block or not len(whole) else whole.view(shape)
-            if self._comm.ranks.rank in takers:
-                entries[name] = entry
+                if self._comm.ranks.rank in takers:
+                    entry[key] = whole if by_block else whole.view(shape)
+                    entries[name] = entry
         return entries
 
     def _join(self, name: str, kept: Tensor, by_block: bool, takers: Sequence[int]) -> Tensor:

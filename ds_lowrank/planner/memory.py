@@ -247,6 +247,7 @@ def _steps(
     workspace."""
     ours = optimizer == OPTIMIZERS[-1]
     found = [(0, 0, 0)] * setup.ranks
+    handed = _handed(arrangement, setup) if ours and setup.kind == "ddp" else 0
     for unit in arrangement.units():
         ahead = [(0, 0, 0)] * setup.ranks if ours else [(s.temporaries, s.temporaries, 0) for s in states]
         matrices = [h for h in arrangement.holdings if h.plan.unit == unit] if ours else []
@@ -255,12 +256,23 @@ def _steps(
                 matrices, method=setup.method, gram_width=gram_width, offload=setup.offload, device=setup.device
             )
             ahead = list(zip(made.step, made.refresh, made.solver))
+        if handed:
+            ahead = [(inside + handed, due + handed, work) for inside, due, work in ahead]
         for rank, (inside, due, work) in enumerate(ahead):
             start, during = held[rank].copies.get(unit, (0, 0))
             step, refresh, solver = found[rank]
             if max(start, during + due) > refresh:
                 refresh, solver = max(start, during + due), work if during + due > start else 0
             found[rank] = (max(step, start, during + inside), refresh, solver)
+    return found
+
+
+def _handed(arrangement: Arrangement, setup: Setup) -> int:
+    """Weights that are not projected on their way while matrices step (DDP): a rank's part of each group's, and all."""
+    found = 0
+    for group in arrangement.groups:
+        parts = (sum(p.stop - p.start for n, p in kept.items() if n in group) for kept in arrangement.kept)
+        found += max(parts) * (setup.ranks + 1) * setup.master_width
     return found
 
 
