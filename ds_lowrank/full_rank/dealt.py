@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ds_lowrank.checkpoint.sources import Source, read_piece
-from ds_lowrank.comm.collectives import Comm, Pending, done
+from ds_lowrank.comm.collectives import Comm, Pending
 from ds_lowrank.full_rank.adamw import MOMENTS, Rounding, Stepped, held_part, moment_dtype, step_tensors
 from ds_lowrank.full_rank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.layouts import Layout, Member, ParameterLayout, Piece
@@ -30,6 +30,15 @@ from ds_lowrank.states.blocks import BLOCK, count
 # What a rank keeps of one parameter as numbers: ``step`` (float32 number, on the device of the weights), ``start``
 # (int: where its part begins), ``exp_avg`` and ``exp_avg_sq`` (elements of the part, 1-D).
 State = dict[str, Any]
+
+# For each rank, what it sends at a time: names and parts.
+Portion = list[list[tuple[str, Piece]]]
+
+# Numbers that travel together, and how many such portions at a time: as many as of a batch of matrices.
+PORTION_NUMBERS = 1 << 23
+FLYING = 2
+# Sets of parameters whose portions are known.
+_KNOWN = 16
 
 
 def deal(numels: Mapping[str, int], ranks: int) -> list[dict[str, Piece]]:
@@ -59,6 +68,31 @@ def deal(numels: Mapping[str, int], ranks: int) -> list[dict[str, Piece]]:
                 found[taker][name] = Piece(first * BLOCK, min(last * BLOCK, numel))
             taker += 1
         before = after
+    return found
+
+
+def portion_numbers(ranks: int) -> int:
+    """Numbers that a rank sends at a time."""
+    return max(1, PORTION_NUMBERS // ranks)
+
+
+def portions_of(parts: Sequence[Sequence[tuple[str, Piece]]]) -> list[Portion]:
+    """Cut what every rank has to send, one after the other, into what it sends at a time: as much as any other.
+
+    Args:
+        parts: for each rank, names and parts.
+    """
+    size = portion_numbers(len(parts))
+    longest = max(sum(part.stop - part.start for _, part in theirs) for theirs in parts)
+    found: list[Portion] = [[[] for _ in parts] for _ in range(count(longest, size))]
+    for rank, theirs in enumerate(parts):
+        at = 0
+        for name, part in theirs:
+            start = part.start
+            while start < part.stop:
+                stop = min(part.stop, start + size - at % size)
+                found[at // size][rank].append((name, Piece(start, stop)))
+                at, start = at + stop - start, stop
     return found
 
 
@@ -111,7 +145,10 @@ class DealtLayout:
         return self._whole.copied
 
     def weight(self, name: str) -> Tensor:  # noqa: D102
-        part = self.part(name)
+        return self.read(name, self.part(name))
+
+    def read(self, name: str, part: Piece) -> Tensor:
+        """Elements of a parameter, 1-D; a copy where its memory is not row-major."""
         return self._whole.weight(name)[part.start : part.stop]
 
     def store(self, name: str, weights: Tensor) -> None:  # noqa: D102
@@ -301,6 +338,7 @@ class DealtFullRank:
         else:
             self.inner = PartFullRank(self.parts, comm, members, state_dtype, rounding)
             self._key = PARTS_KEY
+        self._portions: dict[tuple[str, ...], list[Portion]] = {}
 
     def ensure(self, states: MutableMapping[Any, Any]) -> None:  # noqa: D102
         self.inner.ensure(states)
@@ -322,27 +360,43 @@ class DealtFullRank:
 
     def _hand_round(self, names: Sequence[str]) -> Pending[None]:
         """Start to bring the weights of parts, all of one dtype, to those who have not stepped them. Collective."""
-        parts = [[(n, pieces[n]) for n in names if n in pieces] for pieces in self.parts.everyone]
-        numels = [[piece.stop - piece.start for _, piece in theirs] for theirs in parts]
+        portions = self._portions_of(tuple(names))
+        flying = [self._send(portion) for portion in portions[:FLYING]]
+
+        def arrive() -> None:
+            for number in range(len(portions)):
+                flying.pop(0).wait()
+                if number + FLYING < len(portions):
+                    flying.append(self._send(portions[number + FLYING]))
+
+        return Pending(arrive)
+
+    def _portions_of(self, names: tuple[str, ...]) -> list[Portion]:
+        if names not in self._portions:
+            if len(self._portions) == _KNOWN:  # what has a gradient may differ from step to step
+                self._portions.clear()
+            parts = [[(n, pieces[n]) for n in names if n in pieces] for pieces in self.parts.everyone]
+            self._portions[names] = portions_of(parts)
+        return self._portions[names]
+
+    def _send(self, portion: Portion) -> Pending[None]:
+        rank, dtype = self._comm.ranks.rank, self.parts.dtype(next(name for theirs in portion for name, _ in theirs))
+        numels = [[part.stop - part.start for _, part in theirs] for theirs in portion]
         sizes = [sum(theirs) for theirs in numels]
-        rank, dtype = self._comm.ranks.rank, self.parts.dtype(names[0])
-        if not max(sizes):
-            return done(None)
         mine = torch.zeros(max(sizes), dtype=dtype, device=self._comm.ranks.device)
-        if parts[rank]:
-            weights = [self.parts.weight(name) for name, _ in parts[rank]]
-            torch._foreach_copy_(list(mine.split([*numels[rank], len(mine) - sizes[rank]])[: len(weights)]), weights)
-        numbers = 2 if dtype.is_complex else 1  # gloo knows no complex ones
-        sent = torch.view_as_real(mine).view(-1) if dtype.is_complex else mine
+        if portion[rank]:
+            weights = [self.parts.read(name, part) for name, part in portion[rank]]
+            torch._foreach_copy_(mine[: sizes[rank]].split(numels[rank]), weights)
+        sent = torch.view_as_real(mine).view(-1) if dtype.is_complex else mine  # gloo knows no complex numbers
         gathering = self._comm.all_gather(sent, [len(sent)] * len(sizes), "weights not projected")
 
         def write() -> None:
             arrived: dict[str, list[tuple[Piece, Tensor]]] = {}
             for k, values in enumerate(gathering.wait()):
-                if k != rank:
-                    values = torch.view_as_complex(values.view(-1, numbers)) if dtype.is_complex else values
-                    for (name, piece), new in zip(parts[k], values[: sizes[k]].split(numels[k])):
-                        arrived.setdefault(name, []).append((piece, new))
+                if k != rank and portion[k]:
+                    values = torch.view_as_complex(values.view(-1, 2)) if dtype.is_complex else values
+                    for (name, part), new in zip(portion[k], values[: sizes[k]].split(numels[k])):
+                        arrived.setdefault(name, []).append((part, new))
             for name, found in arrived.items():
                 self.parts.write(name, found)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.engine.evidence import gram_dtype_on
+from ds_lowrank.full_rank.dealt import FLYING, portion_numbers
 from ds_lowrank.layouts import BF16_MASTER
 from ds_lowrank.planner.activations import Activations, activations
 from ds_lowrank.planner.arrangement import Arrangement, arrange
@@ -268,11 +269,12 @@ def _steps(
 
 
 def _handed(arrangement: Arrangement, setup: Setup) -> int:
-    """Weights that are not projected on their way while matrices step (DDP): a rank's part of each group's, and all."""
+    """Weights that are not projected on their way while matrices step (DDP): what each rank sends, and all of that."""
     found = 0
     for group in arrangement.groups:
         parts = (sum(p.stop - p.start for n, p in kept.items() if n in group) for kept in arrangement.kept)
-        found += max(parts) * (setup.ranks + 1) * setup.master_width
+        sent = min(max(parts), FLYING * portion_numbers(setup.ranks))
+        found += sent * (setup.ranks + 1) * setup.master_width
     return found
 
 

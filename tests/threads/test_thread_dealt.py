@@ -16,6 +16,7 @@ from thread_ranks import RankError, run_ranks, this_rank
 from torch import Tensor, nn
 
 from ds_lowrank import LowRankAdamW
+from ds_lowrank.full_rank import dealt
 from ds_lowrank.state_dict.pieces import EIGHT_BIT_KEY, PARTS_KEY
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -106,10 +107,12 @@ def trained(
     return trainer.weights, trainer.moments
 
 
+@pytest.mark.parametrize("numbers", [1 << 23, 150])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS.keys())
-def test_parts_step_as_the_whole_does_bit_by_bit(options, ranks):
+def test_parts_step_as_the_whole_does_bit_by_bit(options, ranks, numbers, monkeypatch):
     """torch's fused kernel computes element by element, in vectors that begin where a block of 64 does."""
+    monkeypatch.setattr(dealt, "PORTION_NUMBERS", numbers)  # all at once, or a few blocks at a time
     with pytest.warns(UserWarning, match="bf16") if options == FORMATS["bf16-nearest"] else _nothing():
         ((alone, _),) = run_ranks(1, trained, 1, options)
         told = run_ranks(ranks, trained, ranks, options)

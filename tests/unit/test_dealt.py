@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from ds_lowrank.full_rank.dealt import deal, deal_members
+from ds_lowrank.full_rank import dealt
+from ds_lowrank.full_rank.dealt import deal, deal_members, portions_of
 from ds_lowrank.states.blocks import BLOCK, count
 
 
@@ -46,3 +47,18 @@ def test_groups_and_dtypes_are_cut_apart_and_added_ones_change_nothing():
     after = deal_members([*members, ("e", (999,), 2, torch.float32)], 2)
     for mine, more in zip(before, after):
         assert {name: piece for name, piece in more.items() if name != "e"} == mine
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_portions_are_equal_and_hold_every_element_once(monkeypatch, ranks):
+    monkeypatch.setattr(dealt, "PORTION_NUMBERS", 100 * ranks)
+    parts = [list(mine.items()) for mine in deal({"a": 130, "b": 700, "c": 63}, ranks)]
+    portions = portions_of(parts)
+    for rank, theirs in enumerate(parts):
+        sent = [one for portion in portions for one in portion[rank]]
+        places = [(name, k) for name, part in sent for k in range(part.start, part.stop)]
+        assert places == [(name, k) for name, part in theirs for k in range(part.start, part.stop)]
+        sizes = [sum(part.stop - part.start for _, part in portion[rank]) for portion in portions]
+        assert max(sizes) <= 100
+        assert all(size == 100 for size in sizes[: sum(sizes) // 100])
+    assert portions_of([[], []]) == []
