@@ -370,8 +370,8 @@ class LowRankAdamW(JoinableOptimizer):
         """
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
         projected = {spec.parameter for spec in self._specs}
-        held = [m.held for m in self._members if m.held is not None]
-        dealt = replicates(held) if self._layout is None else self._layout.replicated
+        stepped = [p for group in self.param_groups for p in group["params"]]
+        dealt = replicates(stepped) if self._layout is None else self._layout.replicated
         eight_bit = self.config.state_dtype == "int8"
         loaded, state_dict = take_entries(state_dict, self._members, projected, eight_bit, dealt)
         try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.engine.state import MatrixState
-from ds_lowrank.layouts import Member, local_tensors
+from ds_lowrank.layouts import Member, is_dtensor, local_tensors
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.state_dict.pieces import EIGHT_BIT_KEY, STATE_KEY
 from ds_lowrank.targets.patterns import advise_naming
@@ -130,7 +130,7 @@ def take_entries(
 
 
 def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
+    return value.cpu() if isinstance(value, Tensor) and not is_dtensor(value) else value
 
 
 def _check_projected(names: Mapping[Any, str], state: Mapping[Any, Any], projected: set[str]) -> None:

@@ -15,7 +15,7 @@ from thread_layouts import WholeLayout, ranks_of
 from thread_ranks import RankError, run_ranks, this_rank
 from torch import Tensor, nn
 
-from ds_lowrank import LowRankAdamW
+from ds_lowrank import LowRankAdamW, describe
 from ds_lowrank.full_rank import dealt
 from ds_lowrank.state_dict.pieces import EIGHT_BIT_KEY, PARTS_KEY
 
@@ -269,6 +269,24 @@ def test_numbers_and_memory_of_other_kinds(kind):
         assert close(there, weights)
         assert close(kept, moment)
     assert len({pickle.dumps(there.view(-1).tolist()) for there, _ in run_ranks(3, rank, 3)}) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}], ids=["fp32", "int8"])
+def test_a_report_counts_the_parts(options):
+    def rank() -> tuple[int, int, int]:
+        trainer = Trainer(3, **options)
+        trainer.step()
+        with current(trainer.layout):
+            told = describe(trainer.optimizer)
+        kept: Any = trainer.optimizer.state["lowrank"]  # type: ignore[index]
+        low = state_bytes(
+            {k: v for k, v in kept["w"].items() if k.startswith(("exp_avg", "basis")) and k != "basis_row"}
+        )
+        return told.state_bytes[this_rank()], low + state_bytes(trainer.moments), max(told.adamw_bytes)
+
+    for said, found, adamw in run_ranks(3, rank):
+        assert abs(said - found) <= 3 * 2 * (64 * 4 + 4)
+        assert adamw > 8 * (33 * 29 + 200)  # which every rank has all of
 
 
 def test_one_gather_of_each_dtype_and_group_is_what_travels():
