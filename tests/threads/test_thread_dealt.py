@@ -179,18 +179,36 @@ def test_what_some_ranks_save_others_go_on_with(options, saved, loaded):
 def test_a_loaded_state_waits_on_the_cpu_and_hangs_on_no_parameter():
     """Whole moments on the device until the first step would be the peak of a resumed run."""
 
-    def rank() -> tuple[list[type], int]:
+    def rank(found: bool) -> tuple[int, set[type], int]:
         trainer = Trainer(2)
         trainer.step()
-        trainer.load(trainer.save(), trainer.weights, 1)
-        before = [type(key) for key in trainer.optimizer.state]
-        trainer.step()
-        return before, state_bytes(trainer.moments)
+        other = Trainer(2)
+        other.load(trainer.save(), trainer.weights, 1, found)
+        before = len(other.optimizer.state)
+        other.step()
+        return before, {type(key) for key in other.optimizer.state}, state_bytes(other.moments)
 
     ((_, whole),) = run_ranks(1, trained, 1, {})
-    told = run_ranks(2, rank)
-    assert all(before == [] for before, _ in told)
-    assert sum(kept for _, kept in told) == state_bytes(whole)
+    for found, hanging in ((True, 0), (False, len(REST))):  # before the layout is known it may hang on them
+        told = run_ranks(2, rank, found)
+        assert [before for before, *_ in told] == [hanging] * 2
+        assert all(kinds == {str} for _, kinds, _ in told)
+        assert sum(kept for *_, kept in told) == state_bytes(whole)
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_what_has_an_empty_state_starts_anew(found):
+    def rank() -> tuple[float, float]:
+        trainer = Trainer(2)
+        trainer.step()
+        state = trainer.save()
+        state["state"][trainer.optimizer.param_groups[0]["param_names"].index("bias")] = {}
+        trainer.load(state, trainer.weights, 1, found)
+        trainer.step()
+        kept: Any = trainer.optimizer.state[PARTS_KEY]  # type: ignore[index]
+        return float(kept["bias"]["step"]), float(kept["norm"]["step"])
+
+    assert run_ranks(2, rank) == [(1, 2)] * 2
 
 
 def test_a_parameter_with_a_gradient_on_no_rank_stands_still_and_counts_no_step():
