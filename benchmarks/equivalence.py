@@ -18,9 +18,8 @@ the model computes with. The first row anchors the reference in galore-torch.
 
 ``--rows methods``: the other rules and selections, on 2 and 3 ranks, all small shapes in one model; the large ones in
 fp32 and fp64 on 3 ranks. ``online_pca`` has one refresh and then steps its basis, which nothing brings back to the
-reference's: ``basis_deviation`` is that of the whole run, and at real sizes in fp32 what the rounding of BᵀB makes of
-it. With int8 states the reference rounds what it keeps; where its last bit tips a number over to the next code, an
-entry differs by a code.
+reference's: ``basis_deviation`` is that of the whole run. With int8 states the reference rounds what it keeps; where
+its last bit tips a number over to the next code, an entry differs by a code.
 """
 
 from __future__ import annotations
@@ -74,12 +73,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", help="default: 1 to 4; of methods 2 and 3")
     json_argument(parser)
     parser.add_argument("--rows", choices=list(GRIDS), default="full", help="which table")
+    parser.add_argument("--selection", help="only its rows")
     args = parser.parse_args()
     cases, what, all_ranks = GRIDS[args.rows]
     rows = [anchor_row()] if args.rows == "full" else []
     for ranks in args.ranks or all_ranks:
         pool = RankPool(ranks, timeout=300)
         for variant, case in cases(ranks):
+            if args.selection not in (None, case.selection):
+                continue
             rows.append((method_row if args.rows == "methods" else case_row)(pool, variant, case))
             print(*rows[-1].values(), flush=True)
         pool.close()

@@ -18,6 +18,7 @@ from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.engine.backward import Layerwise
 from ds_lowrank.engine.evidence import gram_dtype_on
 from ds_lowrank.engine.gradients import GradientCheck
+from ds_lowrank.engine.projected import Options, ProjectedGradients
 from ds_lowrank.engine.refresh import Groups, Refresher
 from ds_lowrank.engine.state import MatrixState, tensor_of
 from ds_lowrank.engine.step import LowRankStep
@@ -29,6 +30,9 @@ from ds_lowrank.methods import Method
 from ds_lowrank.plan.matrices import MatrixPlan, make_plan
 from ds_lowrank.plan.specs import LOWRANK_KEYS, MatrixSpec, check_dtypes, make_specs
 from ds_lowrank.state_dict.parameter_states import ParameterStates
+
+# What uses gradients in the backward pass.
+Backward = Layerwise | ProjectedGradients
 
 
 def register_group(
@@ -138,6 +142,7 @@ def assemble(
         shard_projection=config.shard_projection,
         options=repr((config, scales)),
         left_out=[m.name for m in left_out],
+        projected=config.gradients == "projected",
     )
     for plan in plans:
         method.formats.check(plan.weight_dtype, plan.name)
@@ -158,7 +163,7 @@ def assemble(
     states = None
     if layout.by_parameter:
         states = ParameterStates(cast(ParameterLayout, layout), comm, plans, stepper.states.new, method.states)
-    gradients = GradientCheck(layout, comm, config.layerwise)
+    gradients = GradientCheck(layout, comm, config.layerwise or config.gradients == "projected")
     return Assembly(layout, kept, left_out, comm, plans, refresher, stepper, full_rank, states, gradients)
 
 
@@ -187,7 +192,7 @@ def move_histories(
 
 
 def prepare_group(
-    group: dict[str, Any], others: Sequence[Mapping[str, Any]], layout: Layout | None, layerwise: Layerwise | None
+    group: dict[str, Any], others: Sequence[Mapping[str, Any]], layout: Layout | None, backward: Backward | None
 ) -> None:
     """Refuse a parameter group where none can be added, and name its parameters where the others have names.
 
@@ -195,7 +200,7 @@ def prepare_group(
         group: that is to be added; changed.
         others: the groups that there are.
         layout: ``None`` before it is found.
-        layerwise: the hooks, if there are any.
+        backward: the hooks, if there are any.
 
     Raises:
         ValueError: DeepSpeed has made its flat buffers, or a backward pass has stepped already.
@@ -205,8 +210,8 @@ def prepare_group(
             "parameter groups cannot be added after deepspeed.initialize(), which makes flat buffers of those that "
             "there are: build the optimizer with all of them, and freeze what is to be trained later"
         )
-    if layerwise is not None and layerwise.busy:
-        raise ValueError("with layerwise, add a parameter group before the first backward pass of a step")
+    if backward is not None and backward.busy:
+        raise ValueError("add a parameter group before the first backward pass of a step: gradients are used in it")
     params = group["params"]
     if isinstance(params, set):
         return  # which torch refuses
@@ -214,6 +219,37 @@ def prepare_group(
     if params and all(isinstance(p, Tensor) for p in params) and all("param_names" in other for other in others):
         # torch takes groups with names or groups without, and Lightning's BaseFinetuning adds them without.
         group["params"] = [(f"group{len(others)}.{k}", p) for k, p in enumerate(params)]
+
+
+def project_in_backward(
+    found: Assembly, config: LowRankConfig, method: Method, states: Callable[[], Mapping[str, MatrixState]]
+) -> ProjectedGradients:
+    """The hooks of ``gradients="projected"``.
+
+    Args:
+        found: the assembly.
+        config: the optimizer's own options.
+        method: what is computed, and how states are kept.
+        states: of the matrices.
+
+    Raises:
+        ds_lowrank.LayoutError: a rank's own gradients cannot be had, or DDP averages them.
+    """
+    layout = found.layout
+    projected = {plan.parameter for plan in found.plans}
+    if layout.replicated:
+        check_excluded([m for m in found.members if m.name in projected], "gradients 'projected'")
+    return ProjectedGradients(
+        layout.local_gradients(list(dict.fromkeys(plan.parameter for plan in found.plans))),
+        {m.name: m.shape for m in found.members},
+        found.plans,
+        found.comm,
+        method,
+        found.stepper,
+        found.refresher,
+        states,
+        Options(config.wave_size, config.accumulator_dtype == "bf16", config.seed),
+    )
 
 
 def step_in_backward(
@@ -243,7 +279,7 @@ def step_in_backward(
         comm.all_reduce(gradient, "gradients").wait().div_(comm.ranks.size)
 
     if layout.replicated:
-        check_excluded(members)
+        check_excluded(members, "layerwise")
     return Layerwise(
         {m.name: m.parameter for m in members},
         found.plans,

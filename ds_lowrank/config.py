@@ -21,6 +21,8 @@ from ds_lowrank.subspace.sides import PROJ_TYPES
 BLOCK = "lowrank"
 GRAM_DTYPES = ("auto", "float32", "float64")
 GRADIENT_DTYPES = ("auto", "float32", "bfloat16", "float16")
+GRADIENTS = ("full", "projected")
+ACCUMULATOR_DTYPES = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class LowRankConfig:
         layerwise: step in the backward pass and free each gradient at once (FSDP2, DDP, one process; no clipping of
             the gradient norm, which would need all gradients).
         accumulation_steps: backward passes a step, read by ``layerwise`` only; the Trainer's are taken there.
+        gradients: ``full``, or ``projected``: every rank projects its own gradient of a matrix as soon as the backward
+            pass has made it, and frees it; what is accumulated, averaged over the ranks and clipped is R = ∇A B. Clip
+            by :meth:`ds_lowrank.LowRankAdamW.clip_grad_norm_` then.
+        accumulator_dtype: in which projected gradients are added up: ``fp32`` (float64 for float64 weights), or
+            ``bf16``, rounded stochastically.
         lr, betas, eps, weight_decay: of AdamW; ``None`` leaves them to ``TrainingArguments`` or the optimizer's
             defaults.
 
@@ -88,6 +95,8 @@ class LowRankConfig:
     stochastic_rounding: bool = False
     layerwise: bool = False
     accumulation_steps: int = 1
+    gradients: str = "full"
+    accumulator_dtype: str = "fp32"
     lr: float | None = None
     betas: tuple[float, float] | None = None
     eps: float | None = None
@@ -105,6 +114,8 @@ class LowRankConfig:
             ("proj_type", PROJ_TYPES),
             ("gram_dtype", GRAM_DTYPES),
             ("gradient_dtype", GRADIENT_DTYPES),
+            ("gradients", GRADIENTS),
+            ("accumulator_dtype", ACCUMULATOR_DTYPES),
             ("state_dtype", STATE_DTYPES),
             ("basis_dtype", BASIS_DTYPES),
         ):
@@ -119,6 +130,11 @@ class LowRankConfig:
         for option in ("rule_options", "selection_options"):
             if not isinstance(getattr(self, option), Mapping):
                 raise ValueError(f"lowrank.{option} must map options to numbers, got {getattr(self, option)!r}")
+        if self.layerwise and self.gradients == "projected":
+            raise ValueError(
+                "lowrank.layerwise steps in the backward pass, and lowrank.gradients 'projected' adds projected "
+                "gradients up for step(): use one of them (layerwise where nothing is accumulated or clipped)"
+            )
         make_method(self)  # refuses unknown names, and what does not go together
         self._check_targets()
         self._check_adamw()

@@ -90,6 +90,12 @@ def make_method(config: LowRankConfig) -> Method:
             f"{what} needs the gradient itself, and layerwise with accumulation_steps > 1 keeps projected gradients "
             "only: use accumulation_steps 1, or no layerwise"
         )
+    if config.gradients == "projected" and (rule.reads_gradient or selection.evidence == "sketch"):
+        what = f"rule {rule.name!r}" if rule.reads_gradient else f"selection {selection.name!r}"
+        raise ValueError(
+            f"{what} needs the gradient itself in every step, and gradients 'projected' keeps its projection only: use "
+            "gradients 'full', or layerwise without accumulation"
+        )
     rule_options = _options("rule_options", rule.name, rule.options, config.rule_options)
     selection_options = _options("selection_options", selection.name, selection.options, config.selection_options)
     rule.check(rule_options)

@@ -12,16 +12,25 @@ import torch
 from torch import Tensor
 from torch.distributed.algorithms.join import Joinable
 
-from ds_lowrank.assembly import assemble, move_histories, prepare_group, register_group, step_in_backward
+from ds_lowrank.assembly import (
+    assemble,
+    move_histories,
+    prepare_group,
+    project_in_backward,
+    register_group,
+    step_in_backward,
+)
 from ds_lowrank.comm.collectives import Comm, Pending
 from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.engine.backward import Layerwise
+from ds_lowrank.engine.clipping import Clipping
 from ds_lowrank.engine.joining import JoinableOptimizer, check_join, handed_over
+from ds_lowrank.engine.projected import ProjectedGradients
 from ds_lowrank.engine.refresh import Refresher, RefreshStats
 from ds_lowrank.engine.state import MatrixState
 from ds_lowrank.engine.step import LowRankStep
 from ds_lowrank.full_rank.adamw import FullRank, keep_dtypes
-from ds_lowrank.layouts import Layout, Member, check_left_out, ddp_models, in_join, replicates
+from ds_lowrank.layouts import Layout, LayoutError, Member, check_left_out, ddp_models, in_join, replicates
 from ds_lowrank.methods import make_method
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.plan.specs import MatrixSpec
@@ -134,6 +143,7 @@ class LowRankAdamW(JoinableOptimizer):
         self._stepper: LowRankStep | None = None
         self._refresher: Refresher | None = None
         self._layerwise: Layerwise | None = None
+        self._projected: ProjectedGradients | None = None
         self.full_rank: FullRank  # the parameters that are not projected; there once the layout is found
         self._complete: dict[str, MatrixState] | None = None  # the states that need no further look
         self._to_adopt: dict[str, Any] = {}  # entries of a loaded state, by parameter
@@ -149,7 +159,7 @@ class LowRankAdamW(JoinableOptimizer):
             ValueError: the group is not allowed, or DeepSpeed has made its flat buffers; nothing is added then.
         """
         if hasattr(self, "_specs"):
-            prepare_group(param_group, self.param_groups, self._layout, self._layerwise)
+            prepare_group(param_group, self.param_groups, self._layout, self._backward)
         super().add_param_group(param_group)
         try:
             if not param_group["params"]:
@@ -219,8 +229,13 @@ class LowRankAdamW(JoinableOptimizer):
         self._complete = self._consolidated = None
         if self._stepper is not None:
             self._stepper.forget_states()
-        if self._layerwise is not None:
-            self._layerwise.forget()
+        if self._backward is not None:
+            self._backward.forget()
+
+    @property
+    def _backward(self) -> Layerwise | ProjectedGradients | None:
+        """What uses gradients in the backward pass, if something does."""
+        return self._projected or self._layerwise
 
     def release_parameters(self) -> None:
         """Let go of the whole parameters where the model is about to be sharded and the groups get the shards.
@@ -300,6 +315,11 @@ class LowRankAdamW(JoinableOptimizer):
             self._layerwise = step_in_backward(
                 found, self.config, self._adopted_states, lambda: dict(enumerate(self._all_groups)), self._step_alone
             )
+        elif self.config.gradients == "projected":
+            self._projected = project_in_backward(found, self.config, self.method, self._adopted_states)
+        projected = {p.parameter for p in self._plans} if self._projected is not None else set()
+        rest = [m for m in self._members if m.name not in projected]
+        self._clipping = Clipping(found.layout, found.comm, rest, self._projected)
 
     def _step_alone(self, name: str, parameter: Tensor) -> None:
         group = {**self._all_groups[self._group_of[name]], "params": [parameter]}
@@ -307,6 +327,11 @@ class LowRankAdamW(JoinableOptimizer):
             weights.wait()
 
     def _adopted_states(self) -> dict[str, MatrixState]:
+        if self._outdated:
+            raise RuntimeError(
+                "a backward pass after add_param_group(): call ensure_state() between the two, which puts the hooks on "
+                "what was added"
+            )
         self.ensure_state()  # a state may have been loaded since
         return self.state[STATE_KEY]  # type: ignore[index]
 
@@ -325,6 +350,11 @@ class LowRankAdamW(JoinableOptimizer):
         """
         if self._layout is None and not self.state and not self._to_adopt:
             return super().state_dict()  # accelerate takes it before the model is sharded
+        if self._projected is not None and self._projected.busy:
+            raise RuntimeError(
+                "state_dict() between a backward pass and step(): projected gradients are no part of a checkpoint. "
+                "Save after step(), or call zero_grad() to drop them"
+            )
         if self._layout is None or not self._layout.replicated:
             self.ensure_state()
         assert self._layout is not None
@@ -382,6 +412,38 @@ class LowRankAdamW(JoinableOptimizer):
         tensors = dict(zip(ids, (p for group in self.param_groups for p in group["params"])))
         keep_dtypes(self.state, state_dict["state"], tensors)
 
+    # -- gradients ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip all gradients together by their norm, as :func:`torch.nn.utils.clip_grad_norm_` does. Collective.
+
+        With ``gradients="projected"`` it is √(Σ ‖R‖² + Σ ‖g‖²): of what is projected by the length of its projection,
+        which is all there is of it. torch's own function would clip the rest alone then; ``step()`` refuses that.
+
+        Args:
+            max_norm: gradients are multiplied by ``max_norm / (norm + 1e-6)`` where that is less than 1.
+            norm_type: 2.
+            error_if_nonfinite: raise where the norm is not finite.
+
+        Returns:
+            The norm before, a float32 tensor of one number on the ranks' device.
+
+        Raises:
+            ValueError: another ``norm_type``.
+            ds_lowrank.LayoutError: with ``layerwise``, or under DeepSpeed, whose engine clips.
+            RuntimeError: ``error_if_nonfinite``, and it is not.
+        """
+        if norm_type != 2:
+            raise ValueError(f"clip_grad_norm_ knows the 2-norm, got norm_type {norm_type!r}")
+        self.ensure_state()
+        assert self._layout is not None
+        if self.config.layerwise:
+            raise LayoutError("layerwise has used gradients before their norm is known: use gradients 'projected'")
+        if not self._layout.by_parameter:
+            raise LayoutError("under DeepSpeed its engine clips: set gradient_clipping in its configuration")
+        return self._clipping.clip_(max_norm, error_if_nonfinite)
+
     # -- step -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -433,6 +495,8 @@ class LowRankAdamW(JoinableOptimizer):
             self._gradients.again()
         self._frozen = frozen
         self._gradients.run(self._members)
+        if self._projected is not None:
+            self._clipping.check()  # before anything moves
         stepping: set[str] = set()
         groups: dict[int, dict[str, Any]] = {}
         arriving: list[Pending[None]] = []
@@ -447,9 +511,12 @@ class LowRankAdamW(JoinableOptimizer):
             elif names:
                 arriving += self.full_rank.step([name for name in names if name not in done], group, self.state)
         plans = [p for p in self._plans if p.parameter in stepping]
-        if self._layerwise is not None:
-            plans = self._layerwise.remaining(plans)
-        self._stepper.run(plans, self.state[STATE_KEY], groups)  # type: ignore[index]
+        if self._projected is not None:
+            self._projected.step(plans, groups)
+        else:
+            if self._layerwise is not None:
+                plans = self._layerwise.remaining(plans)
+            self._stepper.run(plans, self.state[STATE_KEY], groups)  # type: ignore[index]
         for weights in arriving:
             weights.wait()
 
@@ -463,10 +530,10 @@ class LowRankAdamW(JoinableOptimizer):
         return names
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients; with ``layerwise`` also what was accumulated in their place."""
+        """Reset the gradients, and what was accumulated in their place."""
         super().zero_grad(set_to_none)
-        if self._layerwise is not None:
-            self._layerwise.forget()
+        if self._backward is not None:
+            self._backward.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle has; the layout is found anew at its first step.

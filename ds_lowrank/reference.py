@@ -30,6 +30,9 @@ class Reference:
         side: ``std``, ``reverse_std``, ``right`` or ``left`` (GaLore's ``proj_type``).
         seed: key of the sampler.
         gradient_dtype: in which gradients are computed, where they come in a wider one.
+        wire: with :meth:`add`, dtype to which R is rounded where it is sent, and with ``replicas`` > 1 N too.
+        replicas: ranks that hold every weight whole.
+        copies: ranks of each copy of the model.
     """
 
     def __init__(
@@ -54,11 +57,15 @@ class Reference:
         side: str = "std",
         seed: int = 0,
         gradient_dtype: torch.dtype | None = None,
+        wire: torch.dtype | None = None,
+        replicas: int = 1,
+        copies: tuple[tuple[int, ...], ...] = ((0,),),
     ):
         self.weights, self.lr, self.betas, self.eps = weights, lr, betas, eps
         self.weight_decay, self.scale, self.gap = weight_decay, scale, gap
         self.rule, self.limiter, self.pca, self.gaussian = rule, limiter, pca, gaussian
         self.selection, self.moments, self.seed, self.gradient_dtype = selection, moments, seed, gradient_dtype
+        self.wire, self.replicas, self.copies = wire, replicas, copies
         self.matrices: dict[str, dict] = {}
         for name, r in ranks.items():
             m, n = weights[name].shape
@@ -73,7 +80,7 @@ class Reference:
             }
         if stagger:
             self.stagger(-(-len(ranks) // wave_size))
-        self.plain = {name: {"t": 0} for name in weights if name not in ranks}
+        self.plain: dict[str, dict] = {name: {"t": 0} for name in weights if name not in ranks}
 
     def stagger(self, waves: int) -> None:
         """Wave w has the phase ⌊w τ / W⌋; of W neighbours, the costliest goes to the wave that has the least so far."""
@@ -100,12 +107,98 @@ class Reference:
             self.weights[name].mul_(1 - self.lr * self.weight_decay)
             self.weights[name].sub_(self.adam(gradients[name], state), alpha=self.lr)
 
+    @torch.no_grad()
+    def add(self, local: list[dict[str, Tensor]], syncs: bool = True) -> None:
+        """One micro-batch of ``gradients="projected"``: from every rank its own gradient of every weight.
+
+        What is stored and sent is R = ∇A B of each rank. A matrix that is due gets its basis from the first averaged
+        gradient of the step that is not zero, and of that one R is taken after averaging. Where a micro-batch does not
+        sync, ranks keep what they have and send it with the next.
+        """
+        for name, state in self.matrices.items():
+            tall = [g[name] if state["right"] else g[name].T for g in local]
+            mean = self.mean(tall)
+            if self.due(state) and not state.get("found") and torch.isfinite(mean).all() and mean.any():
+                state["before"] = dict(state)
+                self.refresh(name, mean, state)
+                state["found"] = True
+                if self.selection in ("dominant", "importance", "uniform"):
+                    r = self.project(mean, state)
+                    state["sum"] = r if state.get("sum") is None else state["sum"] + r
+                    continue
+            if state["refreshes"]:
+                own = [self.project(g, state) for g in tall]
+                state["own"] = [a + b for a, b in zip(state["own"], own)] if state.get("own") else own
+                if syncs:
+                    self.send(state)
+        for name, state in self.plain.items():
+            g = torch.stack([g[name] for g in local]).mean(0)
+            state["sum"] = g if state.get("sum") is None else state["sum"] + g
+
+    def send(self, state: dict) -> None:
+        """Add what ranks have kept to what is stepped."""
+        own = state.pop("own", None)
+        if own is not None:
+            state["sum"] = self.mean(own) if state.get("sum") is None else state["sum"] + self.mean(own)
+
+    def mean(self, of_ranks: list[Tensor]) -> Tensor:
+        """What is sent is rounded, what is added up is not; the sum of each copy of the model is sent once more."""
+        sums = [torch.stack([self.sent(of_ranks[k]) for k in copy]).sum(0) for copy in self.copies]
+        return (sums[0] if len(sums) == 1 else torch.stack([self.sent(s) for s in sums]).sum(0)) / len(of_ranks)
+
+    def sent(self, x: Tensor) -> Tensor:
+        """As it arrives."""
+        return x if self.wire is None else x.to(self.wire).to(x)
+
+    def norm(self) -> float:
+        """√(Σ ‖R‖² + Σ ‖g‖²), g of what is not projected."""
+        for state in self.matrices.values():
+            self.send(state)
+        sums = [state["sum"] for state in (*self.matrices.values(), *self.plain.values()) if "sum" in state]
+        return math.sqrt(sum(float(s.double().square().sum()) for s in sums))
+
+    def drop(self) -> None:
+        """Forget what was added: bases are as they were."""
+        for state in self.matrices.values():
+            before = state.pop("before", state)
+            for key in ("sum", "own", "found"):
+                state.pop(key, None)
+            state.update(before)
+        for state in self.plain.values():
+            state.pop("sum", None)
+
+    @torch.no_grad()
+    def step_added(self, factor: float = 1.0) -> None:
+        """One step from what was added, times a factor."""
+        for name, state in self.matrices.items():
+            self.send(state)
+            r = state.pop("sum", None)
+            state.pop("before", None), state.pop("found", None)
+            if state["refreshes"]:
+                w = self.weights[name] if state["right"] else self.weights[name].T
+                r = torch.zeros(w.shape[0], state["r"], dtype=w.dtype) if r is None else factor * r
+                state["t"] += 1
+                n = self.adam(r, state)
+                if self.rule == "grams":
+                    n = n.abs() * r.sign()
+                n = self.sent(n) if self.replicas > 1 else n
+                w.mul_(1 - self.lr * self.weight_decay)
+                w.sub_(self.scale * n @ state["basis"].T, alpha=self.lr)
+        for name, state in self.plain.items():
+            state["t"] += 1
+            self.weights[name].mul_(1 - self.lr * self.weight_decay)
+            self.weights[name].sub_(self.adam(factor * state.pop("sum"), state), alpha=self.lr)
+
+    def due(self, state: dict) -> bool:
+        """Whether a matrix gets a new basis before its next step."""
+        periodic = self.selection != "online_pca"
+        return state["t"] == 0 or (periodic and (state["t"] - state["phase"]) % self.gap == 0)
+
     def step_matrix(self, name: str, w: Tensor, g: Tensor, state: dict) -> None:
         """A ← (1 − ηλ) A − η U, with A = W or Wᵀ (long × short) and U of R = ∇A B."""
         if not state["right"]:
             w, g = w.T, g.T
-        periodic = self.selection != "online_pca"
-        if state["t"] == 0 or (periodic and (state["t"] - state["phase"]) % self.gap == 0):
+        if self.due(state):
             self.refresh(name, g, state)
         if state["refreshes"] == 0:
             return  # its gradient has always been zero: no counter, no update, no decay

@@ -217,7 +217,7 @@ MOVES = [
     ),
     Mutant(
         "engine/refresh.py",
-        "if method.carry.changes and plan.shares[self._rank] is not None:",
+        "if method.carry.changes and slots and plan.shares[self._rank] is not None:",
         "if False:",
         "moments are kept where they should be projected",
         "threads/test_thread_update.py -k project",
@@ -335,10 +335,17 @@ MOVES = [
     ),
     Mutant(
         "engine/step.py",
-        "self._everybody = method.rule.sums or",
-        "self._everybody =",
+        "resting = not here and not (self._method.rule.sums and run[0].shared)",
+        "resting = not here",
         "ranks that compute no row leave out a rule's sums",
         "threads/test_thread_method_layouts.py -k variants",
+    ),
+    Mutant(
+        "engine/step.py",
+        "if resting and not (self._sketches and run[0].shared):",
+        "if resting:",
+        "ranks that compute no row leave out a basis' step",
+        "threads/test_thread_method_layouts.py -k online_pca",
     ),
     Mutant(
         "engine/step.py",

@@ -160,6 +160,29 @@ class Comm:
             "sum", purpose, lambda: dist.all_reduce(tensor, group=self.ranks.copy_group, async_op=True), lambda: tensor
         )
 
+    def add_replicas(self, tensor: Tensor, dtype: torch.dtype, purpose: str) -> Tensor:
+        """The sum over the ranks that hold the same part of every copy of the model. Collective over them.
+
+        Args:
+            tensor: contiguous; what this rank adds.
+            dtype: of the numbers on the wire; they are added up in that of ``tensor``, in the same order on all ranks.
+            purpose: see :meth:`exchange`.
+        """
+        copies = len(set(self.ranks.copy))
+        if copies == 1:
+            return tensor
+        mine = tensor.to(dtype).view(-1)
+        everyone = mine.new_empty(copies * mine.numel())
+        self.sent_bytes[purpose] += (copies - 1) * mine.numel() * mine.element_size()
+        gathering = self._start(
+            "all-gather",
+            purpose,
+            partial(_all_gather, everyone, mine, self.ranks.replica_group, True),
+            lambda: everyone,
+            mine,
+        )
+        return gathering.wait().view(copies, *tensor.shape).sum(0, dtype=tensor.dtype)
+
     def maximum(self, tensor: Tensor, purpose: str) -> Pending[Tensor]:
         """The largest of each number over the ranks of one copy of the model, for all. Collective over them.
 

@@ -8,23 +8,17 @@ matrix that is due accumulates its gradient in full for that step, since its nex
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from ds_lowrank.engine.gradients import sparse_fault
 from ds_lowrank.engine.refresh import Groups
 from ds_lowrank.engine.state import MatrixState
 from ds_lowrank.engine.step import LowRankStep
+from ds_lowrank.layouts import hook_gradients
 from ds_lowrank.plan.matrices import MatrixPlan
-
-_OWNER = "_ds_lowrank_owner"
-_numbers = itertools.count(1)
 
 
 class Layerwise:
@@ -69,13 +63,7 @@ class Layerwise:
         self._accumulation = accumulation
         self._stepped: set[str] = set()  # parameters that are done with before step()
         self._waiting: dict[str, tuple[Tensor, list[MatrixPlan]]] = {}
-        # A hook outlives its optimizer: only the newest one of a parameter may step it, and none that is gone. The
-        # parameter says which by a number, since a model is pickled with what hangs on its parameters.
-        number, handles = next(_numbers), []
-        for name, parameter in parameters.items():
-            setattr(parameter, _OWNER, number)
-            handles.append(_hook(parameter, partial(_call, weakref.WeakMethod(self._ready), name, number)))
-        weakref.finalize(self, _remove, handles).atexit = False
+        hook_gradients(parameters, self._ready)
 
     @property
     def busy(self) -> bool:
@@ -151,24 +139,3 @@ class Layerwise:
         if not any(p.name in states and self._stepper.is_due(p, states) for p in plans):
             self._stepper.accumulate(plans, states)
             parameter.grad = None
-
-
-def _hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    frozen = not parameter.requires_grad
-    if frozen:  # torch takes no hook then; it stays, for when the parameter is set free
-        parameter.requires_grad_(True)
-    handle = parameter.register_post_accumulate_grad_hook(hook)
-    if frozen:
-        parameter.requires_grad_(False)
-    return handle
-
-
-def _remove(handles: Sequence[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-def _call(method: weakref.WeakMethod, name: str, number: int, parameter: Tensor) -> None:
-    alive = method()
-    if alive is not None and getattr(parameter, _OWNER, None) == number:
-        alive(name, parameter)

@@ -74,7 +74,7 @@ class Bases:
 
     def whole(self, plan: MatrixPlan, state: MatrixState) -> Tensor | None:
         """A basis that this rank keeps whole, or that nobody keeps: short × r; ``None`` where no row is computed."""
-        if plan.shares[self._rank] is None:
+        if plan.shares[self._rank] is None and not plan.projected:
             return None
         kept = state.get("basis")
         if isinstance(kept, Tensor) and kept.dtype == plan.dtype and kept.device == self._device:
@@ -103,12 +103,12 @@ class Bases:
             states: name -> state, with the rows that this rank keeps.
 
         Returns:
-            name -> short × r on the ranks' device; ``None`` where this rank computes no row of the matrix.
+            name -> short × r on the ranks' device; ``None`` where this rank neither computes a row of the matrix nor
+            projects a gradient of its own.
         """
         sharded = [p for p in plans if p.basis_sharded and self._method.selection.stored]
         # Those that all ranks use travel in one all-gather, those that few use among these.
-        size = len(self._group)
-        parts = [part for few in (False, True) if (part := [p for p in sharded if (p.fewest < size) is few])]
+        parts = [part for few in (False, True) if (part := [p for p in sharded if self._few(p) is few])]
         joining = []
         for part in parts:
             stored = [self._stored(states[p.name]) for p in part]
@@ -130,6 +130,10 @@ class Bases:
 
         return Pending(bases)
 
+    def _few(self, plan: MatrixPlan) -> bool:
+        """Whether some ranks of a copy of the model have no use for a basis."""
+        return plan.fewest < len(self._group) and not plan.projected
+
     def _stored(self, state: MatrixState) -> list[Tensor]:
         found = [state.get(key) for key in self._format.keys("basis")]
         return [tensor.to(self._device) for tensor in found if isinstance(tensor, Tensor)]
@@ -150,7 +154,7 @@ class Bases:
             for k in self._everyone
         ]
         held = [part.reshape(-1).to(self._device) for part in mine if part is not None]
-        if plans[0].fewest == len(self._group):
+        if not self._few(plans[0]):
             nothing = torch.empty(0, dtype=dtype, device=self._device)
             packed = held[0] if len(held) == 1 else torch.cat(held or [nothing])
             gathering = self._comm.all_gather(packed, [sum(counts[k]) for k in self._group], "bases joined")

@@ -20,7 +20,7 @@ from ds_lowrank.methods import Method
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.rules import Hyper
 from ds_lowrank.selections import Sketch
-from ds_lowrank.subspace.project import widened_rows
+from ds_lowrank.subspace.project import energy, gram, widened_rows
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Refiner:
                     for some in here.split(widened_rows(plan.short)) if here.dtype != product.dtype else (here,):
                         sketch.addmm_(some.to(product.dtype).mT, product[at : at + len(some)])
                         at += len(some)
-                    part[-1] += torch.linalg.vector_norm(here, dtype=product.dtype).square()
+                    part[-1] += energy(here, product.dtype)
                 part[:-1].view(plan.r, plan.r).copy_(product.mT @ product)
         if not first.shared:
             return Refining(plans, bases, Pending(lambda: sketches), Pending(lambda: sums))
@@ -101,7 +101,9 @@ class Refiner:
                 continue
             kept = plan.slices[self._rank] if plan.basis_sharded else (0, plan.short)
             assert kept is not None
-            sketch = Sketch(sketched[plan.name], part[:-1].view(plan.r, plan.r), whole.mT @ whole, part[-1])
+            # BᵀB is nearly I: in float32 what it has beside that, which draws the basis back, would be rounding alone.
+            squares = gram(whole, torch.float64)
+            sketch = Sketch(sketched[plan.name], part[:-1].view(plan.r, plan.r), squares, part[-1])
             opened = {
                 slot.name: layout.read(state, slot.name, plan.r, plan.dtype).to(self._device)  # may be offloaded
                 for slot in selection.slots

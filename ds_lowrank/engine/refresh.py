@@ -54,6 +54,21 @@ class RefreshStats:
     captures: int = 0
 
 
+@dataclass(frozen=True)
+class NewBases:
+    """Bases that have been drawn and are not used yet.
+
+    Attributes:
+        plans: the matrices that have one; the shared ones are the same on all ranks.
+        indices: name -> (r,) int32; ``None``: none of a gradient's directions.
+        stored: name -> the rows that this rank keeps, encoded; nothing where bases are not stored.
+    """
+
+    plans: Sequence[MatrixPlan]
+    indices: Mapping[str, Tensor | None]
+    stored: Mapping[str, Sequence[Tensor]]
+
+
 class Refresher:
     """Gives matrices that are due a new basis.
 
@@ -84,11 +99,22 @@ class Refresher:
             states: name -> state; the counters of shared matrices are known to every rank, others to their holder.
             groups: hyper-parameters by a group's index; ``betas``, for what carries moments over.
         """
+        self.install(self.find(plans, rows, states), states, groups)
+
+    def find(self, plans: Sequence[MatrixPlan], rows: Rows | None, states: Mapping[str, MatrixState]) -> NewBases:
+        """New bases, encoded and with those who keep them, while states stay as they are. Collective as :meth:`run`.
+
+        Args:
+            plans, states: see :meth:`run`.
+            rows: see :meth:`run`; ``None`` where the key alone decides and it is not known yet which matrices have a
+                gradient: all of them get a basis.
+        """
         start = time.perf_counter()
         shared = [p for p in plans if p.shared]
         local = [p for p in plans if not p.shared]
         fresh: dict[str, Tensor | None]  # name -> indices of a new basis; None: of no gradient's directions
         if self._method.selection.evidence == "gram":
+            assert rows is not None
             totals = self._evidence.shared(shared, rows)
             drawn = {p.name: self._decompose(p, self._evidence.local(p, rows), states[p.name]) for p in local}
             # Taken out one by one: a Gram is gone when it has been decomposed.
@@ -98,13 +124,28 @@ class Refresher:
             fresh = {p.name: basis.indices for p in local if (basis := drawn[p.name]) is not None}
             fresh.update(self._tell(shared, drawn))
         else:
-            fresh = dict.fromkeys(sorted(self._evidence.alive(plans, rows)))
+            alive = {p.name for p in plans} if rows is None else self._evidence.alive(plans, rows)
+            fresh = dict.fromkeys(sorted(alive))
             drawn = {}
             if self._method.selection.stored:
                 mine = [p for p in plans if p.name in fresh and (p.owner == self._rank or not p.shared)]
                 drawn = {p.name: self._draw(p, states[p.name]) for p in mine}
-        self._install([p for p in plans if p.name in fresh], drawn, fresh, states, groups)
+        found = [p for p in plans if p.name in fresh]
+        stored = self._bring(found, drawn) if self._method.selection.stored else {}
         self.stats.seconds += time.perf_counter() - start
+        return NewBases(found, fresh, stored)
+
+    def beside(self, plan: MatrixPlan, new: NewBases, state: MatrixState) -> MatrixState:
+        """A state as it will be with a new basis, for projecting; the state itself stays as it is."""
+        indices = new.indices[plan.name]
+        found = {**state, **dict(zip(self._format.keys("basis"), new.stored.get(plan.name, ())))}
+        found["refreshes"] = number_of(state, "refreshes") + 1
+        found["indices"] = torch.full((plan.r,), -1, dtype=torch.int32) if indices is None else indices
+        return found
+
+    def alive(self, plans: Sequence[MatrixPlan], rows: Rows) -> set[str]:
+        """Names of matrices whose rows, of a gradient or of its projection, are finite and not all zero. Collective."""
+        return self._evidence.alive(plans, rows)
 
     def _key(self, plan: MatrixPlan, state: MatrixState) -> Key:
         return Key(self._method.seed, plan.name, number_of(state, "refreshes"))
@@ -160,35 +201,35 @@ class Refresher:
             if bool(packed[0])
         }
 
-    def _install(
-        self,
-        plans: Sequence[MatrixPlan],
-        drawn: Mapping[str, Basis | None],
-        fresh: Mapping[str, Tensor | None],
-        states: Mapping[str, MatrixState],
-        groups: Groups,
-    ) -> None:
-        """Bring new bases to those who keep them, and take them over."""
+    def _bring(self, plans: Sequence[MatrixPlan], drawn: Mapping[str, Basis | None]) -> dict[str, Sequence[Tensor]]:
+        """New bases to those who keep them: name -> this rank's rows, encoded."""
+        vectors = {name: basis.vectors for name, basis in drawn.items() if basis is not None}
+        shared = [p for p in plans if p.shared]
+        arrived = self._bases.scatter(shared, vectors) if shared else {}
+        arrived.update({p.name: vectors[p.name] for p in plans if not p.shared})
+        return {name: self._format.encode(rows) for name, rows in arrived.items()}
+
+    def install(self, new: NewBases, states: Mapping[str, MatrixState], groups: Groups) -> None:
+        """Take new bases over, and carry moments into them. Collective as :meth:`run`."""
+        start = time.perf_counter()
         if self._method.selection.stored:
-            vectors = {name: basis.vectors for name, basis in drawn.items() if basis is not None}
-            shared = [p for p in plans if p.shared]
-            arrived = self._bases.scatter(shared, vectors) if shared else {}
-            arrived.update({p.name: vectors[p.name] for p in plans if not p.shared})
-            stored = {name: self._format.encode(rows) for name, rows in arrived.items()}
-            crosses = self._crosses([p for p in plans if number_of(states[p.name], "refreshes")], stored, states)
-            for plan in plans:
+            crosses = self._crosses(
+                [p for p in new.plans if number_of(states[p.name], "refreshes")], new.stored, states
+            )
+            for plan in new.plans:
                 state = states[plan.name]
                 if plan.name in crosses:
                     self._carry(plan, state, crosses[plan.name], groups[plan.group]["betas"])
-                if plan.name in stored:
-                    self._format.put_(state, "basis", stored[plan.name])
-        for plan in plans:
-            state, indices = states[plan.name], fresh[plan.name]
+                if plan.name in new.stored:
+                    self._format.put_(state, "basis", new.stored[plan.name])
+        for plan in new.plans:
+            state, indices = states[plan.name], new.indices[plan.name]
             if "indices" in state:
                 known = tensor_of(state, "indices")
                 known.fill_(-1) if indices is None else known.copy_(indices)
             state["refreshes"] = number_of(state, "refreshes") + 1
             self.stats.refreshed += plan.owner == self._rank
+        self.stats.seconds += time.perf_counter() - start
 
     def _crosses(
         self, plans: Sequence[MatrixPlan], stored: Mapping[str, Sequence[Tensor]], states: Mapping[str, MatrixState]

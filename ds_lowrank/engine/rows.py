@@ -98,6 +98,35 @@ class RowExchange:
         dtypes = dict.fromkeys(p.weight_dtype for p in replicated)
         return [self._hand_round([p for p in replicated if p.weight_dtype == dtype]) for dtype in dtypes]
 
+    def spread(
+        self, plans: Sequence[MatrixPlan], mine: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Pending[dict[str, Tensor]]:
+        """Where every rank holds matrices whole, give it the directions of all rows, also of those that others have
+        computed. Collective.
+
+        Args:
+            plans: of one r.
+            mine: name -> N of the rows that this rank computes, rows × r.
+            dtype: of the numbers on the wire.
+
+        Returns:
+            name -> N of all rows, long × r in ``dtype``: the same numbers on all ranks.
+        """
+        group = self._comm.ranks.shard_group
+        counts = [[p.rows_of(k) * p.r for p in plans] for k in group]
+        parts = [mine[p.name].reshape(-1) for p in plans if p.name in mine]
+        packed = torch.cat([part.to(self._device, dtype) for part in parts]) if parts else self._none(dtype)
+        gathering = self._comm.all_gather(packed, [sum(c) for c in counts], "directions")
+
+        def whole() -> dict[str, Tensor]:
+            pieces = zip(*(values.split(count) for values, count in zip(gathering.wait(), counts)))
+            return {p.name: torch.cat(of).view(p.long, p.r) for p, of in zip(plans, pieces)}
+
+        return Pending(whole)
+
+    def _none(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(0, dtype=dtype, device=self._device)
+
     def _hand_round(self, plans: Sequence[MatrixPlan]) -> Pending[None]:
         boxes = [[(p, s.view) for p in plans if (s := p.shares[k]) and s.view] for k in range(self._comm.ranks.size)]
         sizes = [sum(box.numel for _, box in mine) for mine in boxes]

@@ -55,6 +55,8 @@ class NewStates:
             state["indices"] = torch.full((plan.r,), -1, dtype=torch.int32)
             slice_ = plan.slices[self._rank] if plan.basis_sharded else None
             state.update(left=int(plan.side == "left"), row=share.start, basis_row=0 if slice_ is None else slice_[0])
+        elif plan.projected:  # which of the basis' directions are none of a gradient's
+            state["indices"] = torch.full((plan.r,), -1, dtype=torch.int32)
         if plan.owner == self._rank:
             state["overlaps"] = torch.full((HISTORY,), -1.0)
         return state
@@ -70,6 +72,11 @@ class NewStates:
                     f"{plan.name} {plan.shape} holds {key} {state[key]} where this rank needs {expected[key]}: it is "
                     "another rank's state, or another side was projected"
                 )
+        if plan.shares[self._rank] is None:  # only a rank that projects needs them: a run may begin to, or cease
+            if "indices" in expected:
+                state.setdefault("indices", expected["indices"])
+            else:
+                state.pop("indices", None)
         if state.keys() != expected.keys():
             return f"{plan.name} {plan.shape} has {sorted(state)} where this run keeps {sorted(expected)}"
         for key, value in expected.items():

@@ -55,8 +55,8 @@ class LowRankStep:
         self._rounding_seed = rounding_seed
         self._method = method
         self._periodic = method.selection.periodic
-        # Whether ranks that compute no row of a shared matrix have a part in its step.
-        self._everybody = method.rule.sums or method.selection.evidence == "sketch"
+        # Whether the basis moves in every step: by a sum over the ranks, those that compute no row too.
+        self._sketches = method.selection.evidence == "sketch"
         # First matrices of runs whose rule has been looked at, or need not be.
         self._tried: set[str] = set()
         self._trial = None if method.rule.kept_step is not None else Trial(comm, method.rule)
@@ -73,6 +73,8 @@ class LowRankStep:
         self.states = NewStates(self._rank, method.states, self._held.home)
         # Sums of projected gradients, see accumulate(); None where this rank computes no row.
         self._projected: dict[str, Tensor | None] = {}
+        self._factor: Tensor | None = None  # on these sums
+        self._wire: Callable[[str], torch.dtype] | None = None  # of directions, by parameter
 
     def run(self, plans: Sequence[MatrixPlan], states: States, groups: Groups) -> None:
         """Step matrices. Collective when one of them is shared.
@@ -101,6 +103,33 @@ class LowRankStep:
         self._step_batches([p for p in plans if states[p.name]["refreshes"]], states, groups)
         self._held.forget()
 
+    def run_projected(
+        self,
+        plans: Sequence[MatrixPlan],
+        states: States,
+        groups: Groups,
+        sums: Mapping[str, Tensor | None],
+        factor: Tensor | None,
+        wire: Callable[[str], torch.dtype],
+    ) -> None:
+        """Step matrices by what was projected before, in bases that they have. Collective when one of them is shared.
+
+        Args:
+            plans, states, groups: see :meth:`run`.
+            sums: name -> R (rows × r) of the rows that this rank computes, ``None`` where it computes none; emptied.
+                Matrices that are not here stand still.
+            factor: on R, a tensor of one number; ``None``: 1.
+            wire: dtype in which directions of a parameter travel.
+        """
+        self._held.forget()
+        self._projected, self._factor, self._wire = dict(sums), factor, wire
+        try:
+            moving = [p for p in plans if p.name in states and p.name in sums and states[p.name]["refreshes"]]
+            self._step_batches(moving, states, groups)
+        finally:
+            self._projected, self._factor, self._wire = {}, None, None
+            self._held.forget()
+
     def accumulate(self, plans: Sequence[MatrixPlan], states: States) -> None:
         """Project the gradients of a micro-step and add them to what the next step uses instead of a gradient.
 
@@ -119,7 +148,7 @@ class LowRankStep:
                 product, basis = None, bases[plan.name]
                 if basis is not None:
                     product = torch.empty(plan.rows_of(self._rank), plan.r, dtype=plan.dtype, device=self._device)
-                    self._project(plan, states[plan.name], rows[plan.name], basis, product)
+                    self.project(plan, states[plan.name], rows[plan.name], basis, product)
                 before = self._projected.get(plan.name)
                 self._projected[plan.name] = product if before is None or product is None else before.add_(product)
 
@@ -215,11 +244,35 @@ class LowRankStep:
             self._step_run(run, rows, bases, states, groups[run[0].group], updates)
         if not batch[0].shared:
             return None
+        if self._lifts_everywhere(batch[0]):
+            assert self._wire is not None
+            # One dtype, so that all of a batch travels together.
+            dtype = min((self._wire(p.parameter) for p in batch), key=lambda d: d.itemsize)
+            directions = self._rows.spread(batch, updates, min(dtype, batch[0].dtype, key=lambda d: d.itemsize))
+            return Leaving(list, (), Lifting(batch, directions, bases))
         weights = self._rows.hand_round(batch) if batch[0].replicated else ()
         return Leaving(self._rows.send_back(batch, updates), weights)
 
+    def _lifts_everywhere(self, plan: MatrixPlan) -> bool:
+        """Whether every rank holds the whole matrix and its basis, so that directions travel and not weights."""
+        return plan.projected and plan.replicated
+
+    def _lift_everywhere(self, lifting: Lifting, states: States, groups: Groups) -> None:
+        """Move replicas of whole matrices, by the same numbers on all ranks."""
+        directions = lifting.directions.wait()
+        for plan in lifting.plans:
+            group, (m, n) = groups[plan.group], plan.shape
+            lr, box = float(group["lr"]), Box(0, m, 0, n)
+            place = None if self._rounding_seed is None else self._place(plan, states[plan.name], box, plan.side)
+            low = directions.pop(plan.name).to(plan.dtype)
+            weights = as_rows(self._held.weights(plan, box), plan.side)
+            keep = 1.0 - lr * group["weight_decay"]
+            lift_(weights, low, lifting.bases[plan.name], lr * group["scale"], keep, place)
+
     def _arrive(self, leaving: Leaving, states: States, groups: Groups) -> None:
         """Move the weights of this rank by what other ranks have computed."""
+        if leaving.lifting is not None:
+            self._lift_everywhere(leaving.lifting, states, groups)
         for plan, box, values in leaving.updates():
             group = groups[plan.group]
             keep = 1.0 - float(group["lr"]) * group["weight_decay"]
@@ -244,8 +297,9 @@ class LowRankStep:
         shares = [p.shares[self._rank] for p in run]
         here = [p for p, share in zip(run, shares) if share is not None]
         trial = None if self._trial is None or run[0].name in self._tried else self._new_trial(run)
+        # Of a shared matrix a rank with no row still has a part in the rule's sums, and in a step of the basis.
         resting = not here and not (self._method.rule.sums and run[0].shared)
-        if resting and not (self._everybody and run[0].shared):
+        if resting and not (self._sketches and run[0].shared):
             for plan in run:
                 self._projected.pop(plan.name, None)
             if trial is not None:
@@ -259,10 +313,12 @@ class LowRankStep:
             summed, basis = self._projected.pop(plan.name, None), bases[plan.name]
             if summed is not None:
                 parts[plan.name].copy_(summed)
-            elif basis is not None:
-                self._project(plan, states[plan.name], rows[plan.name], basis, parts[plan.name])
+                if self._factor is not None:
+                    parts[plan.name].mul_(self._factor)
+            elif plan.name in parts and basis is not None:
+                self.project(plan, states[plan.name], rows[plan.name], basis, parts[plan.name])
         refining = None
-        if self._method.selection.evidence == "sketch":
+        if self._sketches:
             refining = self._refiner.start(run, parts, rows, bases)
         if not self._method.rule.reads_gradient:
             for plan in run:
@@ -285,11 +341,14 @@ class LowRankStep:
         lows = _parts(update.low, cuts, self._device)
         scales = _parts(update.row_scale, cuts, self._device)
         for plan, low, scale in zip(here, lows, scales):
+            if low is not None and self._lifts_everywhere(plan):
+                updates[plan.name] = low
+                continue
             self._lift(plan, states[plan.name], low, scale, rows.pop(plan.name, ()), bases[plan.name], hyper, updates)
         if refining is not None:
             self._refiner.finish(refining, states, hyper)
 
-    def _project(
+    def project(
         self, plan: MatrixPlan, state: MatrixState, blocks: Sequence[Tensor], basis: Tensor, out: Tensor
     ) -> None:
         """R from the blocks of the gradient's rows, into ``out``."""
@@ -413,16 +472,32 @@ class LowRankStep:
         return Place(key, box.top * n + box.left, (n, 1) if side == "right" else (1, n))
 
 
+class Lifting(NamedTuple):
+    """Directions of all rows, on their way to every rank.
+
+    Attributes:
+        plans: of a batch.
+        directions: name -> N, long × r.
+        bases: name -> B, short × r.
+    """
+
+    plans: Sequence[MatrixPlan]
+    directions: Pending[dict[str, Tensor]]
+    bases: WholeBases
+
+
 class Leaving(NamedTuple):
     """Updates and weights on their way to those who hold them.
 
     Attributes:
         updates: waits for updates of rows that were computed elsewhere.
         weights: copies of rows that every rank holds.
+        lifting: what moves matrices that every rank holds whole.
     """
 
     updates: Callable[[], Arrived]
     weights: Sequence[Pending[None]]
+    lifting: Lifting | None = None
 
 
 def is_due(step: int, phase: int, gap: int) -> bool:

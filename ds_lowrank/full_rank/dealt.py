@@ -22,7 +22,7 @@ from ds_lowrank.checkpoint.sources import Source, read_piece
 from ds_lowrank.comm.collectives import Comm, Pending
 from ds_lowrank.full_rank.adamw import MOMENTS, Rounding, Stepped, held_part, moment_dtype, step_tensors
 from ds_lowrank.full_rank.adamw8bit_states import EightBitFullRank
-from ds_lowrank.layouts import Layout, Member, ParameterLayout, Piece
+from ds_lowrank.layouts import Layout, LocalGradients, Member, ParameterLayout, Piece
 from ds_lowrank.state_dict.adopt import count_of, moments_fault, refuse_together
 from ds_lowrank.state_dict.pieces import EIGHT_BIT_KEY, PARTS_KEY
 from ds_lowrank.states.blocks import BLOCK, count
@@ -189,6 +189,9 @@ class DealtLayout:
 
     def checksums(self, what: str) -> dict[tuple[str, Any], Any] | None:  # noqa: D102
         return self._whole.checksums(what)
+
+    def local_gradients(self, names: Sequence[str]) -> LocalGradients:  # noqa: D102
+        return self._whole.local_gradients(names)
 
     def shard_dim(self, name: str) -> int | None:  # noqa: D102
         return self._whole.shard_dim(name)

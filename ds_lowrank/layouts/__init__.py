@@ -12,6 +12,7 @@ from ds_lowrank.layouts.base import (
     Group,
     Layout,
     LayoutError,
+    LocalGradients,
     Member,
     ParameterLayout,
     Piece,
@@ -29,6 +30,7 @@ from ds_lowrank.layouts.ddp import (
     replicates,
     steps_now,
 )
+from ds_lowrank.layouts.hooks import at_end_of_backward, hook_gradients
 from ds_lowrank.layouts.zero import BF16_MASTER, ZeroLayout, check_left_out, in_flat_buffers, is_zero12
 from ds_lowrank.layouts.zero3 import Zero3Layout, check_partitioned, in_sub_groups, is_zero3, write_partition
 
@@ -37,15 +39,18 @@ __all__ = [
     "Group",
     "Layout",
     "LayoutError",
+    "LocalGradients",
     "Member",
     "ParameterLayout",
     "Piece",
     "Ranks",
+    "at_end_of_backward",
     "bare_model",
     "check_excluded",
     "check_left_out",
     "ddp_models",
     "find_layout",
+    "hook_gradients",
     "ignore_in_ddp",
     "in_join",
     "is_dtensor",

@@ -7,7 +7,7 @@ of the weights and one of the gradient. Nothing above assumes that the weights a
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -83,6 +83,7 @@ class Ranks:
         copy_group: process group of the ranks over which one copy of the model is sharded, in the order of their
             ranks; the same as ``process_group`` unless the model is replicated as well (HSDP).
         copy: for every rank, which copy of the model it holds a part of; all zero without replication.
+        replica_group: process group of the ranks that hold the same part of each copy; ``None`` without replication.
     """
 
     process_group: Any = None
@@ -91,6 +92,7 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     copy_group: Any = None
     copy: tuple[int, ...] = ()
+    replica_group: Any = None
 
     def __post_init__(self) -> None:
         if not self.copy:
@@ -179,12 +181,45 @@ class Layout(Protocol):
         """``None`` if every piece's weights equal the model's own, else what differs. No communication."""
         ...
 
+    def local_gradients(self, names: Sequence[str]) -> LocalGradients:
+        """Gradients of some parameters before they are averaged.
+
+        Raises:
+            LayoutError: they cannot be had.
+        """
+        ...
+
     def checksums(self, what: str) -> dict[tuple[str, Any], Any] | None:
         """What must be equal on all ranks that have the same keys (parameter name and what is held of it).
 
         Of the ``"weights"``, or at the first step of the ``"gradients"`` (``None`` for a missing one). ``None`` where
         the layout makes no such promise.
         """
+        ...
+
+
+class LocalGradients(Protocol):
+    """Whole gradients of this rank, before anything averages them: of its own part of the batch."""
+
+    def hook(self, names: Sequence[str], ready: Callable[[str, Tensor], None]) -> None:
+        """From now on call ``ready(name, gradient)`` once in a backward pass, and leave no gradient behind.
+
+        Args:
+            names: of parameters.
+            ready: a bound method; ``gradient`` has the parameter's whole shape.
+        """
+        ...
+
+    def syncs(self) -> bool:
+        """Whether the framework averages gradients in the backward pass that runs now."""
+        ...
+
+    def wire_dtype(self, name: str) -> torch.dtype:
+        """Dtype in which the framework would send a parameter's gradient."""
+        ...
+
+    def trained(self, name: str) -> bool:
+        """Whether a parameter is to have gradients: it is not frozen."""
         ...
 
 

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_lowrank.layouts.base import LayoutError, Member, Piece, Ranks, Tensors, checksum, is_dtensor, same_device
+from ds_lowrank.layouts.base import (
+    LayoutError,
+    LocalGradients,
+    Member,
+    Piece,
+    Ranks,
+    Tensors,
+    checksum,
+    is_dtensor,
+    same_device,
+)
+from ds_lowrank.layouts.hooks import WholeGradients
 
 
 class ReplicatedLayout:
@@ -89,6 +100,11 @@ class ReplicatedLayout:
     def mismatch(self) -> str | None:  # noqa: D102
         return None
 
+    def local_gradients(self, names: Sequence[str]) -> LocalGradients:  # noqa: D102
+        parameters = {name: self._parameters[name] for name in names}
+        models = ddp_models(list(self._parameters.values())) if self.replicated else []
+        return WholeGradients(parameters, lambda: all(m.require_forward_param_sync for m in models))
+
     def checksums(self, what: str) -> dict[tuple[str, Any], Any] | None:  # noqa: D102
         if not self.replicated:
             return None
@@ -138,8 +154,12 @@ def ignore_in_ddp(model: nn.Module, parameters: Sequence[Tensor]) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
-def check_excluded(members: Sequence[Member]) -> None:
+def check_excluded(members: Sequence[Member], option: str) -> None:
     """Refuse parameters whose gradients DistributedDataParallel would average as well.
+
+    Args:
+        members: whose gradients are averaged by us.
+        option: what asks for that.
 
     Raises:
         LayoutError: naming the first of them.
@@ -147,6 +167,6 @@ def check_excluded(members: Sequence[Member]) -> None:
     for m in members:
         if not getattr(m.parameter, "_ddp_ignored", False):
             raise LayoutError(
-                f"layerwise on several ranks averages the gradient of {m.name} {m.shape} itself: call "
+                f"{option} on several ranks averages the gradient of {m.name} {m.shape} itself: call "
                 "ds_lowrank.exclude_from_ddp(model, optimizer) before the model is wrapped in DistributedDataParallel"
             )

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from ds_lowrank.layouts.base import LayoutError, Member, Piece, Ranks, Tensors, checksum, same_device
+from ds_lowrank.layouts.base import LayoutError, LocalGradients, Member, Piece, Ranks, Tensors, checksum, same_device
 from ds_lowrank.layouts.cuts import chunk_piece
+from ds_lowrank.layouts.fsdp_gradients import UnshardedGradients, param_groups
 from ds_lowrank.subspace.sides import projected_side
 
 
@@ -151,6 +151,9 @@ class Fsdp2Layout:
                 )
         return None
 
+    def local_gradients(self, names: Sequence[str]) -> LocalGradients:  # noqa: D102
+        return UnshardedGradients({name: self._parameters[name] for name in names})
+
     def checksums(self, what: str) -> dict[tuple[str, Any], Any] | None:  # noqa: D102
         if what != "weights" or len(set(self.ranks.copy)) == 1:
             return None
@@ -196,14 +199,11 @@ def _piece(m: Member, placements: Sequence[Placement]) -> Piece:
 def _mixed_precision() -> dict[int, torch.dtype]:
     """The narrowest dtype that a gradient goes through, by the id of the sharded parameter, where it is another one."""
     found: dict[int, torch.dtype] = {}
-    for reference in list(_module_state_mapping.values()):
-        state: Any = reference()
-        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for group in [g for g in groups if g is not None]:
-            dtypes = [d for d in (group.mp_policy.param_dtype, group.mp_policy.reduce_dtype) if d is not None]
-            for sharded in (p.sharded_param for p in group.fsdp_params):
-                coarsest = max([sharded.dtype, *dtypes], key=lambda dtype: torch.finfo(dtype).eps)
-                found[id(sharded)] = coarsest
+    for group in param_groups():
+        dtypes = [d for d in (group.mp_policy.param_dtype, group.mp_policy.reduce_dtype) if d is not None]
+        for sharded in (p.sharded_param for p in group.fsdp_params):
+            coarsest = max([sharded.dtype, *dtypes], key=lambda dtype: torch.finfo(dtype).eps)
+            found[id(sharded)] = coarsest
     return found
 
 
@@ -235,4 +235,4 @@ def _ranks(mesh: Any) -> Ranks:
     copy = [0] * len(order)
     for place, rank in enumerate(order):
         copy[rank] = place // shards
-    return Ranks(None, dist.get_rank(), len(order), device, mesh.get_group(1), tuple(copy))
+    return Ranks(None, dist.get_rank(), len(order), device, mesh.get_group(1), tuple(copy), mesh.get_group(0))

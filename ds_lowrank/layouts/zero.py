@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lowrank.layouts.base import Group, LayoutError, Member, Piece, Ranks, Tensors
+from ds_lowrank.layouts.base import Group, LayoutError, LocalGradients, Member, Piece, Ranks, Tensors
 
 # What makes DeepSpeed's flat buffers bf16, in any stage and without offload.
 BF16_MASTER = '"bf16": {"enabled": true, "bf16_master_weights_and_grads": true, "bf16_optimizer_states": true}'
@@ -124,6 +124,9 @@ class ZeroLayout:
                     'does not hold its weights. "round_robin_gradients": true does this; set it to false'
                 )
         return None
+
+    def local_gradients(self, names: Sequence[str]) -> LocalGradients:  # noqa: D102
+        raise LayoutError(f"gradients 'projected' is not supported under {self.kind}: use gradients 'full'")
 
     def checksums(self, what: str) -> None:  # noqa: D102
         return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lowrank.layouts.base import LayoutError, Member, Piece, Tensors
+from ds_lowrank.layouts.base import LayoutError, LocalGradients, Member, Piece, Tensors
 from ds_lowrank.layouts.cuts import slice_piece
 from ds_lowrank.layouts.zero import data_parallel_ranks, parallelism
 
@@ -113,6 +113,9 @@ class Zero3Layout:
                     "its flat master does not hold its weights"
                 )
         return None
+
+    def local_gradients(self, names: Sequence[str]) -> LocalGradients:  # noqa: D102
+        raise LayoutError(f"gradients 'projected' is not supported under {self.kind}: use gradients 'full'")
 
     def checksums(self, what: str) -> None:  # noqa: D102
         return None

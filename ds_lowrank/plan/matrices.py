@@ -9,6 +9,8 @@ says which rows each rank computes and what has to move for it.
     columns of A lie on several      rows of A are dealt out in proportion to what the ranks hold: one all-to-all turns
                                      columns into rows, another brings the updates back
     every rank holds the matrix      rows of A are dealt out evenly, the new weights are all-gathered
+
+Where ranks project their own gradients, every rank has a part in every matrix, whoever holds it.
 """
 
 from __future__ import annotations
@@ -72,6 +74,7 @@ class MatrixPlan:
         basis_sharded: whether a rank keeps its slice only (slices are joined ahead of each use), or all of the basis.
         copy: for each rank, which copy of the model it is in (HSDP).
         replicated: every rank holds the whole matrix, and takes over the rows that others have computed.
+        projected: every rank projects its own gradient of the whole matrix, with all of the basis.
         owner: the rank that decomposes it.
     """
 
@@ -95,6 +98,7 @@ class MatrixPlan:
     basis_sharded: bool
     copy: tuple[int, ...]
     replicated: bool
+    projected: bool = False
     owner: int = -1
 
     @cached_property
@@ -129,8 +133,8 @@ class MatrixPlan:
 
     @cached_property
     def shared(self) -> bool:
-        """Whether more than one rank holds elements of it: then, and only then, its steps may communicate."""
-        return sum(part is not None for part in self.parts) > 1
+        """Whether more than one rank has a part in it: then, and only then, its steps may communicate."""
+        return (self.projected and len(self.parts) > 1) or sum(part is not None for part in self.parts) > 1
 
     @cached_property
     def moves(self) -> bool:
@@ -169,6 +173,7 @@ def make_plan(
     shard_projection: bool,
     options: str,
     left_out: Collection[str] = (),
+    projected: bool = False,
 ) -> list[MatrixPlan]:
     """Plan every projected matrix. Collective.
 
@@ -181,6 +186,7 @@ def make_plan(
         shard_projection: whether ranks that share a matrix keep a part of its basis each, or all of it.
         options: every other option that the ranks have to agree on.
         left_out: parameters that the framework does not train, and that have a place in the schedule all the same.
+        projected: whether ranks project their own gradients.
 
     Returns:
         The plans, in the order of ``specs``, but for what is left out.
@@ -215,6 +221,7 @@ def make_plan(
         wave_size=wave_size,
         shard_projection=shard_projection,
         left_out=left_out,
+        projected=projected,
     )
 
 
@@ -231,6 +238,7 @@ def plan_matrices(
     wave_size: int,
     shard_projection: bool,
     left_out: Collection[str] = (),
+    projected: bool = False,
 ) -> list[MatrixPlan]:
     """Plan every projected matrix from what each rank holds: the same numbers in a run and ahead of one.
 
@@ -240,7 +248,7 @@ def plan_matrices(
         copy: for each rank, which copy of the model it is in.
         replicated: every rank holds everything.
         dtype, gradient_dtype, unit: of a parameter, see :class:`ds_lowrank.layouts.Layout`.
-        stagger, wave_size, shard_projection, left_out: see :func:`make_plan`.
+        stagger, wave_size, shard_projection, left_out, projected: see :func:`make_plan`.
 
     Raises:
         LayoutError: the pieces do not cover a matrix once and in order.
@@ -261,6 +269,9 @@ def plan_matrices(
             dealing = plan_shares(spec.shape, side, found, spec.name, copy=copy, replicated=replicated)
             known[key] = (found, dealing, _slices(dealing, copy, short))
         parts, shares, slices = known[key]
+        # Whoever computes no row keeps none of a basis, and has to be given all of it where it projects.
+        slicing = shard_projection or (projected and None in shares)
+        cut = any(rows not in (None, (0, short)) for rows in slices) or (projected and None in shares)
         weight_dtype = dtype(spec.parameter)
         plans.append(
             MatrixPlan(
@@ -281,9 +292,10 @@ def plan_matrices(
                 parts=parts,
                 shares=shares,
                 slices=slices,
-                basis_sharded=shard_projection and any(rows not in (None, (0, short)) for rows in slices),
+                basis_sharded=slicing and cut,
                 copy=copy,
                 replicated=replicated,
+                projected=projected,
             )
         )
     return _with_owners(plans)

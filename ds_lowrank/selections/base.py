@@ -69,7 +69,7 @@ class Sketch:
     Attributes:
         s: rows of ∇Aᵀ R (of short) × r, for the rows of the basis that are refined here.
         rr: Rᵀ R, r × r.
-        bb: Bᵀ B, r × r.
+        bb: Bᵀ B, r × r, float64: of a basis that is nearly orthonormal only its difference from I is of use.
         energy: ‖∇A‖², a tensor of one number.
     """
 

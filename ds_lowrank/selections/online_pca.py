@@ -105,5 +105,7 @@ def loss_gradient(basis: Tensor, sketch: Sketch, penalty: float) -> Tensor:
     Returns:
         rows × r.
     """
-    inside = (sketch.s @ sketch.bb - 2 * sketch.s + basis @ sketch.rr) * (2 / sketch.energy)
-    return inside + basis @ (4 * penalty * (sketch.bb - torch.eye(len(sketch.bb)).to(sketch.bb)))
+    # Subtracted before it is rounded, see Sketch.
+    excess = (sketch.bb - torch.eye(len(sketch.bb)).to(sketch.bb)).to(basis.dtype)
+    inside = (sketch.s @ excess - sketch.s + basis @ sketch.rr) * (2 / sketch.energy)
+    return inside + basis @ (4 * penalty * excess)

@@ -90,16 +90,25 @@ while kill -0 "$running" 2>/dev/null; do  # a signal ends a wait, not the step
   wait "$running" || code=$?
 done
 
-if [ -f "$DS_LOWRANK_PREEMPTED_FILE" ]; then
-  rm -f "$DS_LOWRANK_PREEMPTED_FILE"
+# A field of the job, by its number, not SLURM_JOB_ID: of one task of an array that is the whole array's.
+field() {
+  scontrol show job --oneliner "$number" | grep -o " $1=[^ ]*" | cut -d= -f2
+}
+queue_again() {
   # One that its owner cancels is cancelled, checkpoint or not.
-  # By its number, not SLURM_JOB_ID: of one task of an array that is the whole array's.
-  state="$(scontrol show job --oneliner "$number" | grep -o 'JobState=[^ ]*' | cut -d= -f2)"
-  if [ "$state" = RUNNING ]; then
-    echo "job $number: preempted with a checkpoint, queued again" >&2
+  if [ "$(field JobState)" = RUNNING ]; then
+    echo "job $number: preempted $1, queued again" >&2
     scontrol requeue "$number"
     sleep 60  # until slurm ends this script
   fi
+}
+if [ -f "$DS_LOWRANK_PREEMPTED_FILE" ]; then
+  rm -f "$DS_LOWRANK_PREEMPTED_FILE"
+  queue_again "with a checkpoint"
+elif [ "$code" != 0 ] && [[ "$(field PreemptTime)" == 2* ]]; then
+  # slurm queues again what it preempts, but not a script that has failed until then. DeepSpeed's launcher ends with 1
+  # after SIGTERM, also behind the last step, when all is written.
+  queue_again "without a new checkpoint"
 elif [ -n "$told" ] && [ "$code" != 0 ]; then
   echo "job $number: the time limit came before a checkpoint could be written: give it more --time" >&2
 fi

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from low_bit import LowBitReference
 from safetensors.torch import save_file
-from thread_layouts import FLAT, SHARDED, place_model
+from thread_layouts import FLAT, SHARDED, copies_of, place_model
 from thread_ranks import gather_objects, run_ranks, this_rank
 from torch import Tensor, nn
 
@@ -85,7 +85,10 @@ class Case:
         frozen: steps in which layer 1 is frozen.
         added: step before which the last layer's group is added; until then it is not there.
         columns: FSDP2 shards wide matrices by columns.
-        micro: backward passes a step with ``layerwise``; 0: gradients are given, and matrices step in ``step()``.
+        micro: backward passes a step with ``layerwise`` or projected gradients; 0: gradients are given, and matrices
+            step in ``step()``.
+        gradients, accumulator_dtype: options of the optimizer; projected ones are those of every rank and micro-batch.
+        clip: norm to which they are clipped; 0: they are not.
     """
 
     layout: str = "one"
@@ -118,6 +121,13 @@ class Case:
     columns: bool = False
     gram_dtype: str = "float64"
     micro: int = 0
+    gradients: str = "full"
+    accumulator_dtype: str = "fp32"
+    clip: float = 0.0
+
+    @property
+    def projects(self) -> bool:
+        return self.gradients == "projected"
 
     @property
     def wide(self) -> torch.dtype:
@@ -151,8 +161,10 @@ class Case:
             "seed": self.seed,
             "gram_dtype": self.gram_dtype,
             "gradient_dtype": "bfloat16" if self.dtype == "bf16" else "auto",
-            "layerwise": self.micro > 0,
+            "layerwise": self.micro > 0 and not self.projects,
             "accumulation_steps": max(1, self.micro),
+            "gradients": self.gradients,
+            "accumulator_dtype": self.accumulator_dtype,
         }
         found["rule"] = self.rule
         # As benchmarks/cases.py has them: a step of 0.005, and ε as the weights'.
@@ -177,6 +189,11 @@ class Case:
     def oracle(self) -> Case:
         """Without what must not show."""
         alone = Case()
+        if self.projects:  # what ranks and micro-batches there are does show
+            layout = self.layout if self.layout in ("ddp", "hsdp") else "fsdp2"
+            return replace(
+                self, layout=layout, groups=1, shard_projection=True, columns=False, accumulator_dtype="fp32"
+            )
         return replace(
             self,
             **{
@@ -232,6 +249,25 @@ def gradient_of(case: Case, step: int, name: str) -> Tensor | None:
                 _keep_directions(g, count, generator)
     gradient = gradient.to(case.wide)
     return gradient.bfloat16().to(case.wide) if case.dtype == "bf16" else gradient
+
+
+@cache
+def local_gradient(case: Case, step: int, micro: int, rank: int, name: str) -> Tensor | None:
+    """What a micro-batch adds to one rank's own gradient. Not projected ones are the same on all ranks."""
+    mean = gradient_of(case, step, name)
+    if mean is None or name not in case.matrices:
+        return mean if mean is None else mean / case.micro
+    own = torch.randn(mean.shape, dtype=torch.float64, generator=_generator("local", name, step, micro, rank))
+    spread = float(mean.double().norm()) / math.sqrt(mean.numel())
+    local = (mean / case.micro + 0.5 * spread * own.to(mean)).to(mean)
+    if case.directions is not None:
+        local = mean * float(1 + own.flatten()[0] / 4) / case.micro
+    return local.bfloat16().to(mean) if case.dtype == "bf16" else local
+
+
+def own_or_zeros(case: Case, step: int, micro: int, rank: int, name: str) -> Tensor:
+    own = local_gradient(case, step, micro, rank, name)
+    return torch.zeros({**case.matrices, **case.rest}[name], dtype=case.wide) if own is None else own
 
 
 def _keep_directions(g: Tensor, count: int, generator: torch.Generator) -> None:
@@ -312,6 +348,9 @@ def _expected(case: Case) -> Expected:
         seed=case.seed,
         gradient_dtype=torch.bfloat16 if case.dtype == "bf16" else None,
         formats=Formats(case.state_dtype, case.basis_dtype),
+        wire=torch.bfloat16 if case.dtype == "bf16" and case.projects and case.ranks > 1 else None,
+        replicas=case.ranks if case.layout == "ddp" else 1,
+        copies=copies_of(case.layout, case.ranks),
     )
     everything = {**views, **{n: weights[n] for n in case.rest}}
     reference = make(everything, dict.fromkeys(views, case.r))
@@ -327,7 +366,14 @@ def _expected(case: Case) -> Expected:
         still = {n for n in case.matrices if (step in case.frozen and layer_of(n) == 1) or step < _born(case, n)}
         whole = {n: torch.zeros_like(weights[n]) if g is None else g for n, g in given.items()}
         reference.matrices = {n: state for n, state in matrices.items() if n.partition("[")[0] not in still}
-        reference.step({**whole, **matrix_views(whole, case)})
+        if case.projects:
+            for micro in range(case.micro):
+                local = [{n: own_or_zeros(case, step, micro, k, n) for n in weights} for k in range(case.ranks)]
+                local = [{**of_rank, **matrix_views(of_rank, case)} for of_rank in local]
+                reference.add(local, syncs=micro == case.micro - 1)
+            reference.step_added(min(1.0, case.clip / (reference.norm() + 1e-6)) if case.clip else 1.0)
+        else:
+            reference.step({**whole, **matrix_views(whole, case)})
         counters.append({n: _counters(state, case.selection) for n, state in matrices.items()})
     return Expected(start, weights, counters, {n: s["basis"] for n, s in matrices.items() if "basis" in s})
 
@@ -360,6 +406,7 @@ class Run:
             warnings.filterwarnings("ignore", message=".*rounded to nearest.*")
             self.optimizer = LowRankAdamW(groups, **case.options)
             self.layout = place_model(case.layout, case.ranks, self.model, self.optimizer, **self._placing)
+            self.layout.wire = torch.bfloat16 if case.dtype == "bf16" else None
             for parameter in self.model.parameters() if case.micro else ():
                 parameter._ddp_ignored = True  # type: ignore[attr-defined]  # as exclude_from_ddp leaves it
             with current(self.layout):
@@ -398,10 +445,15 @@ class Run:
         if case.added and self.done == case.added:
             optimizer.add_param_group(self._groups(1)[-1])
             self.layout = self.layout.renewed(optimizer.members, optimizer.param_groups)
+            if case.micro:
+                with current(self.layout):
+                    optimizer.ensure_state()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not (layer_of(name) == 1 and self.done in case.frozen))
         gradients = {n: self._gradient(n) for n in self.layout._members}
-        if case.micro:
+        if case.projects:
+            self.backward_of_own(gradients)
+        elif case.micro:
             self.backward(gradients)
         else:
             self.layout.fill_gradients(gradients)
@@ -418,9 +470,31 @@ class Run:
             with current(self.layout):
                 total.backward()
 
+    def backward_of_own(self, gradients: dict[str, Tensor | None], passes: int | None = None) -> None:
+        """Backward passes of this rank's own gradients, of which the last syncs; then those that are not projected."""
+        case = self.case.oracle
+        for micro in range(self.case.micro if passes is None else passes):
+            self.layout.syncing = micro == self.case.micro - 1
+            total = torch.zeros(())
+            for name in case.matrices:
+                own = local_gradient(case, self.done, micro, this_rank(), name)
+                if own is None and not self._forgets(name):
+                    own = own_or_zeros(case, self.done, micro, this_rank(), name)
+                if own is not None and name in self.layout._members and self._trained(name):
+                    total = total + (self.layout.leaf(name) * own.to(self.case.weights)).sum()
+            with current(self.layout):
+                if total.requires_grad:
+                    total.backward()
+        self.layout.fill_gradients({n: gradients[n] for n in self.case.rest})
+
+    def _trained(self, name: str) -> bool:
+        return not (layer_of(name) == 1 and self.done in self.case.frozen)
+
     def step_as_filled(self) -> None:
         """One step on the gradients that lie there."""
         with current(self.layout), self.layout.calls(self.optimizer) as calls:
+            if self.case.clip:
+                self.optimizer.clip_grad_norm_(self.case.clip)
             for _ in calls:
                 self.optimizer.step()
         if self.case.micro:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ds_lowrank.layouts.base import LayoutError, Member, Piece, Ranks, Tensors, checksum
 from ds_lowrank.layouts.cuts import chunk_piece, flat_pieces, flat_size, slice_piece, sub_groups
 from ds_lowrank.layouts.ddp import ReplicatedLayout
+from ds_lowrank.layouts.hooks import WholeGradients
 
 Shape = tuple[int, ...]
 # What ZeRO-1 gives to a rank is what ZeRO-2 gives.
@@ -36,7 +37,14 @@ def ranks_of(layout: str, size: int) -> Ranks:
         return Ranks(everyone, rank, size)
     copy = tuple(k % 2 for k in range(size))
     copy_group = tuple(k for k in range(size) if copy[k] == copy[rank])
-    return Ranks(everyone, rank, size, copy_group=Group(copy_group), copy=copy)
+    replicas = tuple(k for k in range(size) if k // 2 == rank // 2)
+    return Ranks(everyone, rank, size, copy_group=Group(copy_group), copy=copy, replica_group=Group(replicas))
+
+
+def copies_of(layout: str, size: int) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each copy of the model; one copy, but for HSDP."""
+    count = 2 if layout == "hsdp" and size % 2 == 0 else 1
+    return tuple(tuple(range(first, size, count)) for first in range(count))
 
 
 def place_model(layout: str, size: int, model: nn.Module, optimizer: Any, **options: Any) -> Any:
@@ -70,6 +78,18 @@ class WholeLayout(ReplicatedLayout):
         self.replicated = ranks.size > 1
         self.kind = "DDP" if self.replicated else "one process"
 
+    syncing = True  # in the backward pass that runs now
+
+    def local_gradients(self, names: Sequence[str]) -> WholeGradients:
+        parameters = {name: self._members[name].parameter for name in names}
+        return WholeGradients(parameters, lambda: self.syncing, self.wire)
+
+    def leaf(self, name: str) -> Tensor:
+        """What a backward pass of this rank's own gives a whole gradient to."""
+        return self._members[name].parameter
+
+    wire: torch.dtype | None = None
+
     def renewed(self, members: Sequence[Member], groups: Sequence[dict[str, Any]]) -> WholeLayout:
         return WholeLayout(members, self.ranks)
 
@@ -91,6 +111,17 @@ class WholeLayout(ReplicatedLayout):
         return whole
 
 
+class OwnGradients(WholeGradients):
+    """Of leaves that stand for parameters, which say what is frozen."""
+
+    def __init__(self, leaves: Mapping[str, Tensor], parameters: Mapping[str, Tensor], *options: Any):
+        super().__init__(leaves, *options)
+        self._of = parameters
+
+    def trained(self, name: str) -> bool:
+        return self._of[name].requires_grad
+
+
 class CutLayout:
     """ZeRO-1/2, ZeRO-3, FSDP2 and HSDP. See :class:`ds_lowrank.layouts.base.Layout`.
 
@@ -106,6 +137,8 @@ class CutLayout:
     """
 
     copied: frozenset[str] = frozenset()  # every piece is given as a view
+    syncing = True  # in the backward pass that runs now
+    wire: torch.dtype | None = None
 
     def __init__(
         self,
@@ -126,6 +159,7 @@ class CutLayout:
         self._tensors = Tensors()
         self.pieces: dict[str, Piece] = {}
         self._places: dict[str, tuple[Tensor, int]] = {}
+        self._leaves: dict[str, Tensor] = {}
         self._units: dict[str, int] = {}
         self._groups = groups
         self._shard_group = ranks.shard_group
@@ -277,6 +311,17 @@ class CutLayout:
             return tensor
         parts = gather_objects(tensor.as_subclass(Tensor), self.ranks.copy_group)
         return torch.cat(parts, tensor.dim_cut).view(tensor.shape_cut)
+
+    def local_gradients(self, names: Sequence[str]) -> WholeGradients:
+        """Of what FSDP2 makes whole for a forward and a backward pass."""
+        for name in names:
+            like = self._members[name]
+            self._leaves[name] = nn.Parameter(torch.zeros(like.shape, dtype=like.parameter.dtype))
+        self._trained = {name: self._members[name].parameter for name in names}
+        return OwnGradients(self._leaves, self._trained, lambda: self.syncing, self.wire)
+
+    def leaf(self, name: str) -> Tensor:
+        return self._leaves[name]
 
     # -- Layout -------------------------------------------------------------------------------------------------------
 

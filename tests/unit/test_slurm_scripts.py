@@ -19,9 +19,9 @@ case "$1 $2" in
   "show node") echo "NodeName=node-1 NodeAddr=10.0.0.1" ;;
   "show job")
     case "$4" in
-      7_3) echo "JobId=7 ArrayTaskId=3 JobState=$STATE Restarts=0" ;;
+      7_3) echo "JobId=7 ArrayTaskId=3 JobState=$STATE Restarts=0 PreemptTime=$PREEMPTED" ;;
       7) printf 'JobId=7 ArrayTaskId=3 JobState=RUNNING\\nJobId=8 ArrayTaskId=2 JobState=PENDING\\n' ;;
-      12) echo "JobId=12 JobState=$STATE Restarts=0" ;;
+      12) echo "JobId=12 JobState=$STATE Restarts=0 PreemptTime=$PREEMPTED" ;;
     esac ;;
   "requeue "*) echo "$2" >>"$CALLS" ;;
 esac
@@ -41,12 +41,14 @@ def job(tmp_path):
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     calls = tmp_path / "calls"
 
-    def run(leaves: str, code: int, state: str = "RUNNING", **slurm: str) -> tuple[int, str, list[str]]:
+    def run(
+        leaves: str, code: int, state: str = "RUNNING", preempted: str = "None", **slurm: str
+    ) -> tuple[int, str, list[str]]:
         calls.write_text("")
         place = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2"}
         environment = {**os.environ, **place, "SLURM_JOB_NAME": "pretrain", "SLURM_CPUS_ON_NODE": "4", **slurm}
         environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "VENV": "nowhere"}
-        environment |= {"LEAVES": leaves, "CODE": str(code), "STATE": state}
+        environment |= {"LEAVES": leaves, "CODE": str(code), "STATE": state, "PREEMPTED": preempted}
         done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, check=False)
         return done.returncode, done.stderr, calls.read_text().split()
 
@@ -64,6 +66,19 @@ def test_a_job_that_left_a_checkpoint_is_queued_again_by_its_own_number(job, slu
     assert queued == [number]
     assert code == 75
     assert f"job {number}: preempted with a checkpoint" in told
+
+
+@pytest.mark.parametrize(("slurm", "number"), [({"SLURM_JOB_ID": "12"}, "12"), (ARRAY, "7_3")])
+def test_a_preempted_job_is_queued_again_where_its_launcher_makes_a_failure_of_it(job, slurm, number):
+    code, told, queued = job("", 1, preempted="2026-11-29T02:18:46", **slurm)
+    assert queued == [number]
+    assert code == 1
+    assert f"job {number}: preempted without a new checkpoint" in told
+
+
+@pytest.mark.parametrize(("code", "state"), [(0, "RUNNING"), (1, "CANCELLED")])
+def test_a_preempted_job_that_has_ended_well_or_is_cancelled_is_not(job, code, state):
+    assert job("", code, state, "2026-11-29T02:18:46", SLURM_JOB_ID="12")[::2] == (code, [])
 
 
 def test_a_node_without_an_address_is_told(job, tmp_path):

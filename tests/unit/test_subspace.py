@@ -9,7 +9,7 @@ from ds_lowrank.rules import RULES
 from ds_lowrank.selections import SELECTIONS, Gram, Key
 from ds_lowrank.selections.carry import CARRIES, overlap
 from ds_lowrank.subspace import spectrum as spectrum_module
-from ds_lowrank.subspace.project import drop_rounding_, gram, gram_of_short_rows, lift_, project
+from ds_lowrank.subspace.project import drop_rounding_, energy, gram, gram_of_short_rows, lift_, project
 from ds_lowrank.subspace.schedule import phases, refresh_cost, waves
 from ds_lowrank.subspace.sides import as_rows, projected_side
 from ds_lowrank.subspace.spectrum import fix_signs, spectrum
@@ -45,6 +45,15 @@ def test_grams_of_row_blocks_add_up_and_are_exact_in_float64():
     whole = gram(a, torch.float64)
     assert torch.allclose(whole, a.double().mT @ a.double(), rtol=1e-14)
     assert torch.allclose(gram(a[:1234], torch.float64) + gram(a[1234:], torch.float64), whole, rtol=1e-14)
+
+
+@pytest.mark.parametrize("layout", ["tall", "wide", "cut"])
+def test_the_energy_of_a_large_matrix_is_that_of_float64(layout):
+    a = {"tall": torch.randn(2048, 768), "wide": torch.randn(768, 2048).mT, "cut": torch.randn(1376, 1024)[:, :512]}
+    exact = float(a[layout].double().square().sum())
+    assert abs(float(energy(a[layout], torch.float32)) / exact - 1) < 1e-6
+    assert float(energy(a[layout].bfloat16(), torch.float32)) == pytest.approx(exact, rel=1e-3)
+    assert energy(a[layout][:0], torch.float32) == 0
 
 
 def test_signs_are_fixed_by_the_largest_entry():

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from ds_lowrank import manifest
 
 STEPS = {"max_steps": 14, "update_proj_gap": 3, "lr": 0.01, "batch_size": 2, "report_to": "none", "save_every": 5}
+HELD = Path(__file__).with_name("held.py")
 
 pytestmark = [
     pytest.mark.launcher,
@@ -32,13 +33,22 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         yield one
 
 
-def pretrain(cluster: Cluster, workplace: Path, output: str, script: str = "deepspeed", **options) -> Job:
+def pretrain(cluster: Cluster, workplace: Path, output: str, script: str = "deepspeed", held="", **options) -> Job:
+    """``held``: where both ranks wait for a signal, see :mod:`held`; returns when they do."""
     argv = flags(workplace, output, **{**STEPS, **options})
-    return Job(cluster, SCRIPTS[script], *argv)
+    if held:
+        argv += ["--import", str(HELD)]
+    cluster.environment["HELD"] = held
+    job = Job(cluster, SCRIPTS[script], *argv)
+    if held:
+        job.until(lambda: job.printed().count("held until a signal comes") == 2)
+    return job
 
 
-def stepped(job: Job, times: int = 1) -> bool:
-    return len(re.findall(r"step +\d+ ", job.printed())) >= times
+def preempt(cluster: Cluster, job: Job) -> None:
+    """Have a job of higher priority take the nodes of one that is held; returns when it has ended."""
+    urgent = cluster.run("sbatch", "--parsable", "-p", "high", "-N2", "-o", "/dev/null", "--wrap", "sleep 1", cwd=ROOT)
+    job.until(lambda: cluster.job(int(urgent))["JobState"] == "COMPLETED")
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +60,27 @@ def undisturbed(cluster, workplace) -> Path:
 
 
 def test_preempted_by_a_job_of_higher_priority_it_ends_with_the_same_weights(cluster, workplace, undisturbed):
-    job = pretrain(cluster, workplace, "slurm_preempted")
-    job.until(lambda: stepped(job))
-    urgent = cluster.run("sbatch", "--parsable", "-p", "high", "-N2", "-o", "/dev/null", "--wrap", "sleep 1", cwd=ROOT)
-    job.until(lambda: cluster.job(int(urgent))["JobState"] == "COMPLETED")
+    job = pretrain(cluster, workplace, "slurm_preempted", held="step")
+    preempt(cluster, job)
     assert job.wait() == "COMPLETED", job.printed()
     assert job.restarts == 1
     printed = job.printed()
     assert "SIGTERM: writing a checkpoint" in printed
     assert f"job {job.number}: preempted with a checkpoint" in printed
-    assert re.search(r"--resume: going on with \S+/checkpoint-\d+, step \d+", printed), printed
+    assert re.search(r"--resume: going on with \S+/checkpoint-8, step 8", printed), printed
     assert same_weights(undisturbed, workplace / "slurm_preempted")
+
+
+def test_preempted_behind_the_last_step_it_is_queued_again_and_ends_well(cluster, workplace, undisturbed):
+    """DeepSpeed's launcher ends with 1 after SIGTERM, whatever its ranks have written."""
+    job = pretrain(cluster, workplace, "slurm_late", held="end")
+    preempt(cluster, job)
+    assert job.wait() == "COMPLETED", job.printed()
+    assert job.restarts == 1
+    printed = job.printed()
+    assert f"job {job.number}: preempted without a new checkpoint" in printed
+    assert re.search(r"--resume: going on with \S+/checkpoint-14, step 14", printed), printed
+    assert same_weights(undisturbed, workplace / "slurm_late")
 
 
 @pytest.mark.parametrize("script", ["deepspeed", "fsdp2"])
@@ -71,8 +91,7 @@ def test_the_warning_before_the_time_limit_makes_a_checkpoint_and_queues_again(
     if script == "fsdp2":
         monkeypatch.setitem(cluster.environment, "SCRIPT", "tests/integration/fsdp_on_cpu.py")
         options = {"fsdp_config": ROOT / "configs" / "fsdp2.json", "resume": True}  # a script gets these flags alone
-    job = pretrain(cluster, workplace, f"slurm_warned_{script}", script, **options)
-    job.until(lambda: stepped(job))
+    job = pretrain(cluster, workplace, f"slurm_warned_{script}", script, held="step", **options)
     cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))  # what --signal=B:USR1@300 does
     assert job.wait() == "COMPLETED", job.printed()
     assert job.restarts == 1
@@ -88,12 +107,13 @@ def test_the_warning_before_the_time_limit_makes_a_checkpoint_and_queues_again(
 
 
 def test_a_job_that_its_owner_cancels_is_not_queued_again(cluster, workplace):
-    job = pretrain(cluster, workplace, "slurm_cancelled")
-    job.until(lambda: stepped(job))
+    job = pretrain(cluster, workplace, "slurm_cancelled", held="step")
     cluster.run("scancel", str(job.number))
     assert job.wait() == "CANCELLED"
     assert job.restarts == 0
-    assert manifest.newest_complete(workplace / "slurm_cancelled") is not None  # KillWait is enough for this model
+    newest = manifest.newest_complete(workplace / "slurm_cancelled")
+    assert newest is not None
+    assert newest.name == "checkpoint-8"  # KillWait is enough for this model
 
 
 def test_a_run_that_fails_is_not_queued_again(cluster, workplace):

@@ -1,0 +1,89 @@
+"""The norm of all gradients where some are there as projections alone, and the clip by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ds_lowrank.comm.collectives import Comm
+from ds_lowrank.engine.projected import ProjectedGradients
+from ds_lowrank.layouts import Layout, Member, local_tensors
+
+
+class Clipping:
+    """Clips gradients by their norm, and notices when somebody else has done so with a part of them.
+
+    Args:
+        layout: where gradients lie; its groups hold the model's own parameters.
+        comm: the collectives.
+        members: parameters whose gradients are gradients: all, or those that are not projected.
+        projected: what there is of the others.
+    """
+
+    def __init__(
+        self, layout: Layout, comm: Comm, members: Sequence[Member], projected: ProjectedGradients | None
+    ) -> None:
+        self._layout, self._comm, self._members, self._projected = layout, comm, members, projected
+        self._seen: dict[str, tuple[Tensor, int]] = {}
+        if projected is not None:
+            projected.after_pass = self.look
+
+    def _gradients(self) -> list[tuple[str, Tensor]]:
+        held = [(m.name, m.held.grad) for m in self._members if m.held is not None]
+        return [(name, local_tensors([grad])[0]) for name, grad in held if grad is not None]
+
+    def norm(self) -> Tensor:
+        """√(Σ ‖R‖² + Σ ‖g‖²), over all parameters and ranks: one number, float64. Collective.
+
+        R is the projection of what is projected, in the basis with which it is about to step; it is no longer than the
+        gradient itself.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self._comm.ranks.device)
+        for _, grad in self._gradients():
+            total += torch.linalg.vector_norm(grad, dtype=torch.float64).square().to(total.device)
+        if not self._layout.replicated:
+            total = self._comm.all_reduce(total, "norms").wait()
+        if self._projected is not None:
+            total = total + self._projected.norm_squared()
+        return total.sqrt()
+
+    def clip_(self, max_norm: float, error_if_nonfinite: bool) -> Tensor:
+        """As :func:`torch.nn.utils.clip_grad_norm_`; see :meth:`ds_lowrank.LowRankAdamW.clip_grad_norm_`."""
+        norm = self.norm()
+        if error_if_nonfinite and not bool(norm.isfinite()):
+            raise RuntimeError(
+                f"the norm of the gradients is {float(norm)}, so they cannot be clipped by it: leave out "
+                "error_if_nonfinite to go on all the same"
+            )
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for name, grad in self._gradients():
+            grad.mul_(factor.to(grad.device, grad.dtype))
+            self._note(name, grad)
+        if self._projected is not None:
+            self._projected.scale_(factor)
+        return norm.float()
+
+    def _note(self, name: str, grad: Tensor) -> None:
+        self._seen[name] = (grad, grad._version)
+
+    def look(self) -> None:
+        """Remember gradients as the backward pass has left them."""
+        for name, grad in self._gradients():
+            self._note(name, grad)
+
+    def check(self) -> None:
+        """Refuse gradients that were changed after the backward pass, where projected ones were not.
+
+        Raises:
+            RuntimeError: naming a parameter.
+        """
+        now, seen, self._seen = dict(self._gradients()), self._seen, {}
+        for name, (grad, version) in seen.items():
+            if name in now and now[name].data_ptr() == grad.data_ptr() and now[name]._version != version:
+                raise RuntimeError(
+                    f"the gradient of {name} was changed after the backward pass, and projected gradients, which are "
+                    "in no .grad, were not: clip with optimizer.clip_grad_norm_(max_norm), which takes all together "
+                    "(ds_lowrank.attach(trainer) has the HF Trainer do so), and scale the loss, not gradients"
+                )
