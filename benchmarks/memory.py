@@ -5,10 +5,9 @@
 
 LLaMA-60M under every layout on 1, 2 and 4 gloo ranks, after a step: ``share`` is the rank's part of the total over
 ranks, ``of_even_part`` what it holds over an N-th of what one rank alone holds; under 1.05 means that the state is
-shared out and nothing of it repeated. What DDP itself repeats it shows too: full-rank moments of parameters that are
-not projected. Before that one layer of LLaMA-130M and of LLaMA-1B at r = h/4 on one process, ours in every format
-beside its peers: ``ratio_to_adamw``. Every figure counts unique storages, so that a view counts as all that it keeps
-alive.
+shared out and nothing of it repeated. Before that one layer of LLaMA-130M and of LLaMA-1B at r = h/4 on one process,
+ours in every format beside its peers: ``ratio_to_adamw``. Every figure counts unique storages, so that a view counts
+as all that it keeps alive.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from tracker import Tracker
 
 from ds_lowrank.planner import MemoryPlan, from_deepspeed, low_rank_config, plan_setup, read_model
 from ds_lowrank.planner.setup import Setup
-from ds_lowrank.state_dict.pieces import EIGHT_BIT_KEY, STATE_KEY
+from ds_lowrank.state_dict.pieces import EIGHT_BIT_KEY, PARTS_KEY, STATE_KEY
 
 LAYOUTS = ("zero1", "zero2", "zero3", "fsdp2")
 ZERO: dict[str, Any] = {
@@ -116,8 +116,10 @@ def resident_bytes(run: Any) -> dict[str, int]:
         flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
         master = state_bytes(dict(enumerate(flats)))
     low = run.optimizer.state[STATE_KEY]
-    rest = {k: s for k, s in run.optimizer.state.items() if k not in (STATE_KEY, EIGHT_BIT_KEY)}
-    rest.update(run.optimizer.state.get(EIGHT_BIT_KEY, {}))
+    keys = (EIGHT_BIT_KEY, PARTS_KEY)
+    rest = {k: s for k, s in run.optimizer.state.items() if k not in (STATE_KEY, *keys)}
+    for key in keys:
+        rest.update(run.optimizer.state.get(key, {}))
     full = {k: {m: s[m] for m in s if "exp_avg" in m} for k, s in rest.items()}
     moments = {n: {k: s[k] for k in s if "exp_avg" in k} for n, s in low.items()}
     return {

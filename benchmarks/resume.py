@@ -38,7 +38,7 @@ from ds_lowrank.full_rank.adamw8bit import AdamW8bit
 from ds_lowrank.full_rank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.layouts import local_tensors
 from ds_lowrank.optimizer import STATE_KEY, LowRankAdamW
-from ds_lowrank.state_dict.pieces import EIGHT_BIT_KEY
+from ds_lowrank.state_dict.pieces import EIGHT_BIT_KEY, PARTS_KEY
 from ds_lowrank.states.blocks import BLOCK
 
 STEPS, MICRO_BATCHES = (5, 7), 12
@@ -254,11 +254,17 @@ def whole_state(optimizer: LowRankAdamW) -> dict[str, Any]:
     found: dict[str, Any] = {f"{n} weight": w for n, w in assemble(optimizer, held(optimizer))[0].items()}
     projected = {plan.parameter for plan in optimizer.plans}
     eight = adamw8bit(optimizer)
+    parts = getattr(optimizer.full_rank, "parts", layout)
+    dealt: dict[str, Any] = optimizer.state.get(PARTS_KEY, {})  # type: ignore[call-overload]
     found.update(_eight_bit(optimizer))
     for key in ("exp_avg", "exp_avg_sq") if eight is None else ():
         pieces = {}
         for member in optimizer.members:
             if member.name in projected or member.name not in layout.pieces:
+                continue
+            if PARTS_KEY in optimizer.state:
+                if member.name in parts.pieces:
+                    pieces[member.name] = (parts.pieces[member.name], dealt[member.name][key])
                 continue
             tensor, offset = layout.place(member.name)
             flat = local_tensors([optimizer.state[tensor][key]])[0].reshape(-1)
@@ -271,7 +277,8 @@ def whole_state(optimizer: LowRankAdamW) -> dict[str, Any]:
     counters = {}
     for member in optimizer.members:
         if eight is None and member.name not in projected and member.name in layout.pieces:
-            counters[member.name] = float(optimizer.state[layout.place(member.name)[0]]["step"])
+            state = dealt.get(member.name) or optimizer.state[layout.place(member.name)[0]]
+            counters[member.name] = float(state["step"])
     for rank in optimizer.comm.gather_objects(counters):
         found.update({f"{name} step": torch.tensor(value) for name, value in rank.items()})
     states: dict[str, Any] = optimizer.state[STATE_KEY]  # type: ignore[index]
@@ -297,7 +304,7 @@ def whole_state(optimizer: LowRankAdamW) -> dict[str, Any]:
 
 def adamw8bit(optimizer: LowRankAdamW) -> AdamW8bit | None:
     """What steps the parameters that are not projected where their moments are int8."""
-    full_rank = optimizer.full_rank
+    full_rank = getattr(optimizer.full_rank, "inner", optimizer.full_rank)
     return full_rank.adam if isinstance(full_rank, EightBitFullRank) else None
 
 
@@ -307,7 +314,7 @@ def _eight_bit(optimizer: LowRankAdamW) -> dict[str, Tensor]:
     if adam is None:
         return {}
     states: dict[str, Any] = optimizer.state[EIGHT_BIT_KEY]  # type: ignore[index]
-    mine = {n: (adam.runs[n], optimizer.layout.pieces[n], states[n]) for n in adam.shapes if adam.runs[n].numel}
+    mine = {n: (adam.runs[n], adam.layout.pieces[n], states[n]) for n in adam.shapes if adam.runs[n].numel}
     found: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
 

@@ -24,6 +24,7 @@ from ds_lowrank.engine.state import MatrixState, tensor_of
 from ds_lowrank.engine.step import LowRankStep
 from ds_lowrank.full_rank.adamw import FullRank, WideFullRank, weight_rounding
 from ds_lowrank.full_rank.adamw8bit_states import EightBitFullRank
+from ds_lowrank.full_rank.dealt import DealtFullRank
 from ds_lowrank.layouts import Layout, LayoutError, Member, ParameterLayout, check_excluded, find_layout, whole_shape
 from ds_lowrank.methods import Method
 from ds_lowrank.plan.matrices import MatrixPlan, make_plan
@@ -152,7 +153,9 @@ def assemble(
     projected = {plan.parameter for plan in plans}
     rest = [m for m in kept if m.name not in projected]
     full_rank: FullRank
-    if config.state_dtype == "int8":
+    if layout.replicated:
+        full_rank = DealtFullRank(layout, comm, rest, config.state_dtype, rounding)
+    elif config.state_dtype == "int8":
         full_rank = EightBitFullRank(layout, comm, rest, rounding)
     else:
         full_rank = WideFullRank(layout, comm, rest, config.state_dtype, rounding)

@@ -20,7 +20,7 @@ from ds_lowrank.assembly import (
     register_group,
     step_in_backward,
 )
-from ds_lowrank.comm.collectives import Comm
+from ds_lowrank.comm.collectives import Comm, Pending
 from ds_lowrank.config import LowRankConfig, check_adamw
 from ds_lowrank.engine.backward import Layerwise
 from ds_lowrank.engine.clipping import Clipping
@@ -30,13 +30,13 @@ from ds_lowrank.engine.refresh import Refresher, RefreshStats
 from ds_lowrank.engine.state import MatrixState
 from ds_lowrank.engine.step import LowRankStep
 from ds_lowrank.full_rank.adamw import FullRank, keep_dtypes
-from ds_lowrank.layouts import Layout, LayoutError, Member, check_left_out, ddp_models, in_join
+from ds_lowrank.layouts import Layout, LayoutError, Member, check_left_out, ddp_models, in_join, replicates
 from ds_lowrank.methods import make_method
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.plan.specs import MatrixSpec
 from ds_lowrank.state_dict.adopt import adopt_states, own_entries, take_entries
 from ds_lowrank.state_dict.parameter_states import CONSOLIDATE
-from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, STATE_KEY, describe_pieces
+from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, PARTS_KEY, STATE_KEY, describe_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -327,7 +327,8 @@ class LowRankAdamW(JoinableOptimizer):
 
     def _step_alone(self, name: str, parameter: Tensor) -> None:
         group = {**self._all_groups[self._group_of[name]], "params": [parameter]}
-        self.full_rank.step([name], group, self.state)
+        for weights in self.full_rank.step([name], group, self.state):
+            weights.wait()
 
     def _adopted_states(self) -> dict[str, MatrixState]:
         if self._outdated:
@@ -351,25 +352,28 @@ class LowRankAdamW(JoinableOptimizer):
         Raises:
             RuntimeError: under DDP, when the state of this step was not consolidated on this rank.
         """
-        if self._layout is None and not self.state:
+        if self._layout is None and not self.state and not self._to_adopt:
             return super().state_dict()  # accelerate takes it before the model is sharded
         if self._projected is not None and self._projected.busy:
             raise RuntimeError(
                 "state_dict() between a backward pass and step(): projected gradients are no part of a checkpoint. "
                 "Save after step(), or call zero_grad() to drop them"
             )
-        if self._layout is not None and self._layout.replicated and self._consolidated is None:
-            raise RuntimeError(CONSOLIDATE)
-        self.ensure_state()
+        if self._layout is None or not self._layout.replicated:
+            self.ensure_state()
         assert self._layout is not None
+        if self._layout.replicated and self._consolidated is None:
+            raise RuntimeError(CONSOLIDATE)
         packed = super().state_dict()
         if not self._layout.by_parameter:
             packed[DESCRIPTION_KEY] = describe_pieces(self._layout, self._members, self._plans, self._all_groups)
             return packed
         states = packed["state"].pop(STATE_KEY)
-        packed["state"].pop(EIGHT_BIT_KEY, None)
-        entries = self._consolidated if self._layout.replicated else self._parameter_states.collect(states)
-        entries = {**(entries or {}), **self.full_rank.collect(self.state)}
+        for key in (EIGHT_BIT_KEY, PARTS_KEY):
+            packed["state"].pop(key, None)
+        entries = self._consolidated
+        if entries is None:
+            entries = {**self._parameter_states.collect(states), **self.full_rank.collect(self.state)}
         for index, member in enumerate(self._members):
             if member.name in entries:
                 packed["state"][index] = entries[member.name]
@@ -385,7 +389,8 @@ class LowRankAdamW(JoinableOptimizer):
         self.reminded = True
         if self._layout.replicated:
             takers = range(self._layout.ranks.size) if to is None else [to]
-            entries = self._parameter_states.collect(self.state[STATE_KEY], takers)  # type: ignore[index]
+            low = self._parameter_states.collect(self.state[STATE_KEY], takers)  # type: ignore[index]
+            entries = {**low, **self.full_rank.collect(self.state, takers)}
             self._consolidated = entries if self._layout.ranks.rank in takers else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -399,7 +404,10 @@ class LowRankAdamW(JoinableOptimizer):
         """
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
         projected = {spec.parameter for spec in self._specs}
-        loaded, state_dict = take_entries(state_dict, self._members, projected, self.config.state_dtype == "int8")
+        stepped = [p for group in self.param_groups for p in group["params"]]
+        dealt = replicates(stepped) if self._layout is None else self._layout.replicated
+        eight_bit = self.config.state_dtype == "int8"
+        loaded, state_dict = take_entries(state_dict, self._members, projected, eight_bit, dealt)
         try:
             super().load_state_dict(state_dict)
         except ValueError as error:
@@ -490,8 +498,11 @@ class LowRankAdamW(JoinableOptimizer):
             self._gradients.again()
         self._frozen = frozen
         self._gradients.run(self._members)
+        if self._projected is not None:
+            self._clipping.check()  # before anything moves
         stepping: set[str] = set()
         groups: dict[int, dict[str, Any]] = {}
+        arriving: list[Pending[None]] = []
         lowrank = {plan.group for plan in self._plans}
         done = frozen | (self._layerwise.stepped if self._layerwise is not None else set())
         for group in self.param_groups:
@@ -501,15 +512,16 @@ class LowRankAdamW(JoinableOptimizer):
                 stepping.update(name for name in names if name not in frozen)
                 groups[index] = group
             elif names:
-                self.full_rank.step([name for name in names if name not in done], group, self.state)
+                arriving += self.full_rank.step([name for name in names if name not in done], group, self.state)
         plans = [p for p in self._plans if p.parameter in stepping]
         if self._projected is not None:
-            self._clipping.check()
             self._projected.step(plans, groups)
-            return
-        if self._layerwise is not None:
-            plans = self._layerwise.remaining(plans)
-        self._stepper.run(plans, self.state[STATE_KEY], groups)  # type: ignore[index]
+        else:
+            if self._layerwise is not None:
+                plans = self._layerwise.remaining(plans)
+            self._stepper.run(plans, self.state[STATE_KEY], groups)  # type: ignore[index]
+        for weights in arriving:
+            weights.wait()
 
     def _names_of(self, tensors: Sequence[Tensor], layout: Layout) -> list[str]:
         """Names of the parameters in tensors of a group; asked for once."""

@@ -109,11 +109,12 @@ def make_report(optimizer: LowRankAdamW) -> Report:
     rest = [m for m in optimizer.members if m.name not in names]
     low = [sum(_state_bytes(p, k, optimizer.method.states) for p in plans) for k in range(ranks)]
     held = [sum(_held(p, k) * p.weight_dtype.itemsize for p in plans) for k in range(ranks)]
-    # Full-rank parameters are cut evenly, whatever they are, but for layouts that cut nothing.
-    over = 1 if layout.replicated else len(layout.ranks.shard_group)
+    # Full-rank parameters are cut evenly, whatever they are; under DDP our moments of them, and not AdamW's.
+    over = len(layout.ranks.shard_group)
     ours = optimizer.method.formats.state_dtype
     kept = sum(moment_bytes(ours, layout.dtype(m.name), numel[m.name]) for m in rest)
-    full, theirs = (-(-count // over) for count in (kept, sum(2 * numel[m.name] * adamw[m.name] for m in rest)))
+    full = -(-kept // over)
+    theirs = -(-sum(2 * numel[m.name] * adamw[m.name] for m in rest) // (1 if layout.replicated else over))
     return Report(
         layout=layout.kind,
         ranks=ranks,

@@ -496,4 +496,20 @@ MOVES = [
         "cut blocks keep the scale of a part",
         "threads/test_thread_formats.py -k not_projected",
     ),
+    Mutant(
+        "full_rank/dealt.py",
+        "return self._whole.place(name)[0], self.part(name).start",
+        "return self._whole.place(name)",
+        "dealt weights are rounded by the bits of others",
+        "threads/test_thread_dealt.py -k bit_by_bit",
+    ),
+    Mutant(
+        "full_rank/dealt.py",
+        """            elif grad is not None:
+                state["step"].add_(1)
+""",
+        "",
+        "who holds nothing of a parameter counts no steps of it",
+        "threads/test_thread_dealt.py -k save",
+    ),
 ]

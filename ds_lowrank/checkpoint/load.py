@@ -19,6 +19,7 @@ from ds_lowrank.checkpoint.sources import Source, cut_piece, read_piece
 from ds_lowrank.engine.state import MatrixState, tensor_of
 from ds_lowrank.full_rank.adamw import MOMENTS, new_state
 from ds_lowrank.full_rank.adamw8bit_states import EightBitFullRank
+from ds_lowrank.full_rank.dealt import DealtFullRank
 from ds_lowrank.layouts import LayoutError, Piece, local_tensors, whole_shape, write_parameter
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.param_groups import named_weights
@@ -81,17 +82,17 @@ def load_checkpoint(folder: str | Path | Source, model: nn.Module, optimizer: An
     states: dict[str, MatrixState] = {}
     for key in [k for k in inner.state if isinstance(k, Tensor)]:
         del inner.state[key]
-    eight_bit = inner.full_rank if isinstance(inner.full_rank, EightBitFullRank) else None
+    apart = inner.full_rank if isinstance(inner.full_rank, (EightBitFullRank, DealtFullRank)) else None
     try:
         _load_weights(source, inner, named)
-        if eight_bit is None:
+        if apart is None:
             _load_full_rank(source, inner)
         states = {p.name: s for p in inner.plans if (s := _matrix_state(source, inner, p)) is not None}
     except (ValueError, OSError, RuntimeError) as error:
         fault = str(error)
     _agree(inner, fault)
-    if eight_bit is not None:
-        eight_bit.load(inner.state, source)  # collective
+    if apart is not None:
+        apart.load(inner.state, source)  # collective
     inner.replace_states(states)
     mismatches = inner.comm.gather_objects(layout.mismatch(), "checkpoint")
     for rank, found in enumerate(mismatches):

@@ -2,7 +2,8 @@
 
 Their moments are kept as the weights are, or in bf16; in int8 by
 :mod:`ds_lowrank.full_rank.adamw8bit`, which needs to know where a parameter begins in the flat
-buffers that are stepped here.
+buffers that are stepped here. Under DDP each rank steps a part of them, see
+:mod:`ds_lowrank.full_rank.dealt`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ds_lowrank.comm.collectives import Comm
+from ds_lowrank.comm.collectives import Comm, Pending
 from ds_lowrank.layouts import BF16_MASTER, Layout, LayoutError, Member, ParameterLayout, Piece, local_tensors
-from ds_lowrank.state_dict.adopt import count_of, moments_fault, refuse_together, tensor_name
+from ds_lowrank.state_dict.adopt import moments_fault, refuse_together, tensor_name
 from ds_lowrank.states.formats import Formats
 from ds_lowrank.states.rounding import PART, random_bits, round_stochastic, rounding_key
 
@@ -134,13 +135,39 @@ def step_full_rank(
     """
     params = [p for p in group["params"] if p.grad is not None]
     _make_ready(params, states, state_dtype)
-    apart = {p for p in params if states[p]["exp_avg"].dtype != p.dtype or (rounding and p.dtype == torch.bfloat16)}
-    alike = [p for p in params if p not in apart]
+    step_tensors(group, [Stepped(p, 0, p, cast(Tensor, p.grad), states[p]) for p in params], rounding)
+
+
+class Stepped(NamedTuple):
+    """What of a tensor of the optimizer's groups is stepped.
+
+    Attributes:
+        tensor: of the groups.
+        start: where in its flat memory the weights begin.
+        weights, gradient: of one shape; DTensors too.
+        state: ``step``, a float32 number on the device of the weights, and the moments, of their shape.
+    """
+
+    tensor: Tensor
+    start: int
+    weights: Tensor
+    gradient: Tensor
+    state: Mapping[str, Tensor]
+
+
+def step_tensors(group: Mapping[str, Any], stepped: Sequence[Stepped], rounding: Rounding | None) -> None:
+    """Step what has a gradient and a state; see :func:`step_full_rank`."""
+    alike: list[Stepped] = []
+    apart: list[Stepped] = []
+    for one in stepped:
+        dtype = one.weights.dtype
+        narrow = one.state["exp_avg"].dtype != dtype or (rounding is not None and dtype == torch.bfloat16)
+        (apart if narrow else alike).append(one)
     if alike:
-        _adamw(group, alike, [p.grad for p in alike], *([states[p][k] for p in alike] for k in (*MOMENTS, "step")))
-    for p in params:
-        if p in apart:
-            _step_in_parts(group, p, states[p], rounding)
+        moments = ([one.state[key] for one in alike] for key in (*MOMENTS, "step"))
+        _adamw(group, [one.weights for one in alike], [one.gradient for one in alike], *moments)
+    for one in apart:
+        _step_in_parts(group, one, rounding)
 
 
 def _make_ready(params: Sequence[Tensor], states: MutableMapping[Any, Any], state_dtype: str) -> None:
@@ -158,18 +185,29 @@ class FullRank(Protocol):
         """Make what is missing of what a framework wants to see before the first step."""
         ...
 
-    def step(self, names: Sequence[str], group: Mapping[str, Any], states: MutableMapping[Any, Any]) -> None:
+    def step(
+        self, names: Sequence[str], group: Mapping[str, Any], states: MutableMapping[Any, Any]
+    ) -> Sequence[Pending[None]]:
         """Step parameters of a group.
 
         Args:
             names: those that are to move, the same on all ranks; ``group["params"]`` are the tensors they lie in.
             group: also AdamW's hyper-parameters.
             states: the optimizer's.
+
+        Returns:
+            What writes the weights that other ranks have stepped, once they are here.
         """
         ...
 
-    def collect(self, states: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
-        """Entries of a ``state_dict`` by parameter, beside what torch makes of ``states``."""
+    def collect(self, states: Mapping[Any, Any], takers: Sequence[int] | None = None) -> dict[str, dict[str, Tensor]]:
+        """Entries of a ``state_dict`` by parameter, beside what torch makes of ``states``.
+
+        Args:
+            states: the optimizer's.
+            takers: where states are dealt over the ranks, those that get them whole, on the CPU; the others get
+                nothing. Collective there.
+        """
         ...
 
     def adopt(self, states: MutableMapping[Any, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -201,7 +239,7 @@ class WideFullRank:
 
     def step(  # noqa: D102
         self, names: Sequence[str], group: Mapping[str, Any], states: MutableMapping[Any, Any]
-    ) -> None:
+    ) -> Sequence[Pending[None]]:
         moving = set(names)
         still = [n for tensor in group["params"] for n in self._layout.names_in(tensor) if n not in moving]
         if still and self._layout.by_parameter:
@@ -211,6 +249,7 @@ class WideFullRank:
         step_full_rank(group, states, self._state_dtype, self._rounding)
         for view, before in kept:
             view.copy_(before)
+        return ()
 
     def _views(self, names: Sequence[str], states: Mapping[Any, Any]) -> Iterator[Tensor]:
         """Weights and moments on this rank of parameters that do not move while others in their flat buffer do."""
@@ -222,7 +261,9 @@ class WideFullRank:
                 if tensor.grad is not None:
                     yield from (states[tensor][key].view(-1).narrow(0, offset, weights.numel()) for key in MOMENTS)
 
-    def collect(self, states: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:  # noqa: D102
+    def collect(  # noqa: D102
+        self, states: Mapping[Any, Any], takers: Sequence[int] | None = None
+    ) -> dict[str, dict[str, Tensor]]:
         return {}
 
     def adopt(self, states: MutableMapping[Any, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -232,18 +273,19 @@ class WideFullRank:
             ValueError: on all ranks, when something does not fit.
         """
         layout = self._layout
+        for name, entry in entries.items():
+            states[layout.place(name)[0]] = dict(entry)
         # Before its first step a tensor may have an empty state.
         loaded = {key: state for key, state in states.items() if isinstance(key, Tensor) and state != {}}
         names = {tensor: layout.names_in(tensor) for tensor in loaded}
         found = [moments_fault(tensor_name(names[tensor]), tensor, state, MOMENTS) for tensor, state in loaded.items()]
         faults = [fault for fault in found if fault]
         # Ranks that hold shards may have made different steps: what has no gradient on one stands still there.
-        alike = layout.replicated and not faults
-        counters = {names[t][0]: f"{count_of(s['step'])} steps" for t, s in loaded.items()} if alike else {}
-        refuse_together(self._comm, faults, counters)
+        refuse_together(self._comm, faults, {})
         for tensor, state in loaded.items():
             state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=tensor.device)
             for key in MOMENTS:
+                state[key] = state[key].to(tensor.device)
                 if layout.by_parameter:
                     state[key] = as_sharded(cast(ParameterLayout, layout), names[tensor][0], state[key])
                 kept, like = local_tensors([state[key], tensor])
@@ -341,15 +383,12 @@ def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
 
 
-def _step_in_parts(
-    group: Mapping[str, Any], parameter: Tensor, state: Mapping[str, Tensor], rounding: Rounding | None
-) -> None:
+def _step_in_parts(group: Mapping[str, Any], stepped: Stepped, rounding: Rounding | None) -> None:
     """Weights and moments of different dtypes: computed in float32, a part at a time, and each rounded once."""
-    grad = parameter.grad
-    assert grad is not None
-    held = _real(local_tensors([parameter.detach(), *(state[key] for key in MOMENTS)]))
+    state = stepped.state
+    held = _real(local_tensors([stepped.weights.detach(), *(state[key] for key in MOMENTS)]))
     kept = [t.reshape(-1) for t in held]  # copies of what is not row-major
-    (flat_grad,) = (t.reshape(-1) for t in _real(local_tensors([grad])))
+    (flat_grad,) = (t.reshape(-1) for t in _real(local_tensors([stepped.gradient])))
     parts = zip(*(t.split(_PART) for t in (kept[0], flat_grad, *kept[1:])))
     for number, (weights, gradient, *moments) in enumerate(parts):
         narrow = [weights, *moments]
@@ -357,7 +396,8 @@ def _step_in_parts(
         _adamw(group, [wide[0]], [gradient.float()], [wide[1]], [wide[2]], [state["step"].clone()])
         for tensor, computed in zip(narrow, wide):
             if tensor is weights and rounding is not None and weights.dtype == torch.bfloat16 and weights.numel():
-                rounding(parameter, int(state["step"]) + 1, weights, computed, number * _PART)
+                start = stepped.start + number * _PART
+                rounding(stepped.tensor, int(state["step"]) + 1, weights, computed, start)
             elif computed is not tensor:
                 tensor.copy_(computed)
     for tensor, flat in zip(held, kept):

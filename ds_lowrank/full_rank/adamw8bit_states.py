@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lowrank.checkpoint.sources import Source, read_piece
-from ds_lowrank.comm.collectives import Comm
+from ds_lowrank.comm.collectives import Comm, Pending
 from ds_lowrank.full_rank.adamw import MOMENTS, Rounding, held_part
 from ds_lowrank.full_rank.adamw8bit import FORMATS, AdamW8bit, State
 from ds_lowrank.layouts import Layout, Member, ParameterLayout, Piece, local_tensors
@@ -46,10 +46,11 @@ class EightBitFullRank:
 
     def step(  # noqa: D102
         self, names: Sequence[str], group: Mapping[str, Any], states: MutableMapping[Any, Any]
-    ) -> None:
+    ) -> Sequence[Pending[None]]:
         self.adam.step(names, group, states[EIGHT_BIT_KEY])
+        return ()
 
-    def collect(self, states: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
+    def collect(self, states: Mapping[Any, Any], takers: Sequence[int] | None = None) -> dict[str, dict[str, Tensor]]:
         """Entries by parameter, where groups hold the model's own. Collective where they are sharded."""
         adam, layout = self.adam, cast(ParameterLayout, self.adam.layout)
         entries = {}

@@ -188,7 +188,7 @@ def check_saving(args: Any, ranks: int, callbacks: Sequence[Any]) -> None:
     saves = args.save_strategy != "no" and not args.save_only_model
     if saves and ranks > 1 and not any(isinstance(c, CheckpointCallback) for c in callbacks):
         raise ValueError(
-            "under DDP every rank keeps a part of the low-rank states and the Trainer saves rank 0's: add "
+            "under DDP every rank keeps a part of the states and the Trainer saves rank 0's: add "
             "ds_lowrank.CheckpointCallback() to the Trainer's callbacks, which brings them together before each save "
             '(or set save_strategy to "no", or save_only_model)'
         )

@@ -27,6 +27,7 @@ from ds_lowrank.layouts.ddp import (
     ignore_in_ddp,
     in_join,
     joins_first,
+    replicates,
     steps_now,
 )
 from ds_lowrank.layouts.hooks import at_end_of_backward, hook_gradients
@@ -55,6 +56,7 @@ __all__ = [
     "is_dtensor",
     "joins_first",
     "local_tensors",
+    "replicates",
     "steps_now",
     "whole_shape",
     "write_parameter",

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_lowrank.layouts.base import LayoutError, LocalGradients, Member, Piece, Ranks, Tensors, checksum, same_device
+from ds_lowrank.layouts.base import (
+    LayoutError,
+    LocalGradients,
+    Member,
+    Piece,
+    Ranks,
+    Tensors,
+    checksum,
+    is_dtensor,
+    same_device,
+)
 from ds_lowrank.layouts.hooks import WholeGradients
 
 
@@ -100,6 +110,13 @@ class ReplicatedLayout:
             return None
         values = {n: m.parameter.data if what == "weights" else m.parameter.grad for n, m in self._members.items()}
         return {(n, None): None if t is None else checksum(t.contiguous()) for n, t in values.items()}
+
+
+def replicates(parameters: Sequence[Tensor]) -> bool:
+    """Whether parameters that no framework has sharded so far are whole on several ranks."""
+    dist = torch.distributed
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and not any(is_dtensor(p) for p in parameters)
 
 
 def ddp_models(parameters: Sequence[Tensor]) -> list[DistributedDataParallel]:

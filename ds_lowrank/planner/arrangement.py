@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from ds_lowrank.config import LowRankConfig
+from ds_lowrank.full_rank.dealt import deal_members
 from ds_lowrank.layouts.base import Piece
 from ds_lowrank.layouts.cuts import Shape, chunk_piece, flat_pieces, flat_size, slice_piece, sub_groups
 from ds_lowrank.param_groups import param_groups
@@ -28,6 +29,7 @@ class Arrangement:
         groups: for each parameter group, name -> shape.
         unit: parameter -> number of the call of ``step()`` in which it steps.
         pieces: for each rank, parameter -> what it holds.
+        kept: for each rank, parameter that is not projected -> what it keeps moments of.
         plans: of every projected matrix.
         projected: names of the projected parameters.
     """
@@ -35,6 +37,7 @@ class Arrangement:
     groups: list[dict[str, Shape]]
     unit: dict[str, int]
     pieces: list[dict[str, Piece]]
+    kept: list[dict[str, Piece]]
     plans: list[MatrixPlan]
     projected: set[str]
 
@@ -85,7 +88,18 @@ def arrange(model: Model, config: LowRankConfig, setup: Setup) -> Arrangement:
         wave_size=config.wave_size,
         shard_projection=config.shard_projection,
     )
-    return Arrangement(groups, unit, pieces, plans, {spec.parameter for spec in specs})
+    projected = {spec.parameter for spec in specs}
+    return Arrangement(groups, unit, pieces, _kept(groups, pieces, projected, setup), plans, projected)
+
+
+def _kept(
+    groups: list[dict[str, Shape]], pieces: list[dict[str, Piece]], projected: set[str], setup: Setup
+) -> list[dict[str, Piece]]:
+    if setup.kind != "ddp":
+        return [{n: piece for n, piece in held.items() if n not in projected} for held in pieces]
+    dtype = torch.bfloat16 if setup.master == "bf16" else torch.float32
+    rest = [(n, shape, i, dtype) for i, group in enumerate(groups) for n, shape in group.items() if n not in projected]
+    return deal_members(rest, setup.ranks)
 
 
 def padded_share(shape: Shape, setup: Setup) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.engine.evidence import gram_dtype_on
+from ds_lowrank.full_rank.dealt import FLYING, portion_numbers
 from ds_lowrank.layouts import BF16_MASTER
 from ds_lowrank.planner.activations import Activations, activations
 from ds_lowrank.planner.arrangement import Arrangement, arrange
@@ -247,6 +248,7 @@ def _steps(
     workspace."""
     ours = optimizer == OPTIMIZERS[-1]
     found = [(0, 0, 0)] * setup.ranks
+    handed = _handed(arrangement, setup) if ours and setup.kind == "ddp" else 0
     for unit in arrangement.units():
         ahead = [(0, 0, 0)] * setup.ranks if ours else [(s.temporaries, s.temporaries, 0) for s in states]
         matrices = [h for h in arrangement.holdings if h.plan.unit == unit] if ours else []
@@ -255,12 +257,24 @@ def _steps(
                 matrices, method=setup.method, gram_width=gram_width, offload=setup.offload, device=setup.device
             )
             ahead = list(zip(made.step, made.refresh, made.solver))
+        if handed:
+            ahead = [(inside + handed, due + handed, work) for inside, due, work in ahead]
         for rank, (inside, due, work) in enumerate(ahead):
             start, during = held[rank].copies.get(unit, (0, 0))
             step, refresh, solver = found[rank]
             if max(start, during + due) > refresh:
                 refresh, solver = max(start, during + due), work if during + due > start else 0
             found[rank] = (max(step, start, during + inside), refresh, solver)
+    return found
+
+
+def _handed(arrangement: Arrangement, setup: Setup) -> int:
+    """Weights that are not projected on their way while matrices step (DDP): what each rank sends, and all of that."""
+    found = 0
+    for group in arrangement.groups:
+        parts = (sum(p.stop - p.start for n, p in kept.items() if n in group) for kept in arrangement.kept)
+        sent = min(max(parts), FLYING * portion_numbers(setup.ranks))
+        found += sent * (setup.ranks + 1) * setup.master_width
     return found
 
 

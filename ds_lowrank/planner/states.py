@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,8 @@ def states_of(optimizer: str, arrangement: Arrangement, setup: Setup) -> list[St
         rest = _codes(arrangement)
     else:
         weights = torch.bfloat16 if setup.master == "bf16" else torch.float32
-        rest = _full_rank(arrangement, setup, moment_dtype(setup.state_dtype, weights).itemsize)
+        width = moment_dtype(setup.state_dtype, weights).itemsize
+        rest = _full_rank(arrangement, setup, width, arrangement.kept)
     return [States(low + full, basis) for low, full, basis in zip(moments.tolist(), rest, bases.tolist())]
 
 
@@ -82,19 +84,19 @@ def _codes(arrangement: Arrangement) -> list[int]:
             known[piece, shape] = 2 * (runs.numel + 4 * runs.count * runs.slots)
         return known[piece, shape]
 
-    return [sum(size(pieces[n], shape) for n, shape in shapes.items() if n in pieces) for pieces in arrangement.pieces]
+    return [sum(size(piece, shapes[n]) for n, piece in kept.items()) for kept in arrangement.kept]
 
 
-def _full_rank(arrangement: Arrangement, setup: Setup, width: int) -> list[int]:
-    """AdamW's moments, of ``width`` bytes a number, of what is not projected."""
+def _full_rank(arrangement: Arrangement, setup: Setup, width: int, pieces: Sequence[Mapping[str, Piece]]) -> list[int]:
+    """AdamW's moments, of ``width`` bytes a number, of what is not projected: of ``pieces``, by rank."""
     if setup.kind in ("zero1", "zero2"):
         groups = [g for g in arrangement.groups if not arrangement.projected.intersection(g)]
         return [sum(2 * width * partition_size(group, setup.ranks) for group in groups)] * setup.ranks
     rest = {n: s for g in arrangement.groups for n, s in g.items() if n not in arrangement.projected}
     if setup.kind == "zero3":
         return [sum(2 * width * padded_share(shape, setup) for shape in rest.values())] * setup.ranks
-    held = ([pieces[n] for n in rest if n in pieces] for pieces in arrangement.pieces)
-    return [2 * width * sum(p.stop - p.start for p in pieces) for pieces in held]
+    held = ([mine[n] for n in rest if n in mine] for mine in pieces)
+    return [2 * width * sum(p.stop - p.start for p in mine) for mine in held]
 
 
 def _galore(arrangement: Arrangement, setup: Setup) -> list[States]:
@@ -112,4 +114,5 @@ def _galore(arrangement: Arrangement, setup: Setup) -> list[States]:
         bases += min(m, n) * (min(m, n) if width == 4 else plan.r) * width
         # The gathered gradient and both sides of its decomposition.
         largest = max(largest, 4 * (m * n + m * min(m, n) + min(m, n) * n))
-    return [States(moments + full, bases, largest) for full in _full_rank(arrangement, setup, width)]
+    whole = arrangement.pieces
+    return [States(moments + full, bases, largest) for full in _full_rank(arrangement, setup, width, whole)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_lowrank.comm.collectives import Comm
 from ds_lowrank.engine.state import MatrixState
-from ds_lowrank.layouts import Member, local_tensors
+from ds_lowrank.layouts import Member, is_dtensor, local_tensors
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.state_dict.pieces import EIGHT_BIT_KEY, STATE_KEY
 from ds_lowrank.targets.patterns import advise_naming
@@ -87,7 +87,7 @@ def adopt_states(
 
 
 def take_entries(
-    state_dict: dict[str, Any], members: Sequence[Member], projected: set[str], eight_bit: bool
+    state_dict: dict[str, Any], members: Sequence[Member], projected: set[str], eight_bit: bool, dealt: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Take the entries of parameters out of a state dict whose states are our own: torch's loader would cast them.
 
@@ -96,6 +96,7 @@ def take_entries(
         members: of this optimizer, group by group.
         projected: names of those that are projected.
         eight_bit: whether the others have 8-bit moments.
+        dealt: whether the states of all are dealt over the ranks: whole ones wait for that on the CPU.
 
     Returns:
         name -> entry, and the state dict without them; nothing is taken where states hang on a key of their own.
@@ -114,13 +115,22 @@ def take_entries(
     named = {key: name for g in groups for key, name in zip(g["params"], g.get("param_names") or ())}
     _check_projected(named, state, projected)
     _check_names([group.get("param_names") for group in groups], members)
-    taken = {key: m.name for key, m in zip(ids, members) if (eight_bit or m.name in projected) and key in state}
+    here = {key: m.name for key, m in zip(ids, members) if key in state}
+    others = {key: state[key] for key, name in here.items() if name not in projected}
+    if not eight_bit and any(isinstance(entry, Mapping) and "exp_avg_codes" in entry for entry in others.values()):
+        raise ValueError(_CODES)
+    # Before its first step a parameter may have an empty state.
+    left = () if eight_bit else [key for key, entry in others.items() if not (dealt and entry)]
+    taken = {key: name for key, name in here.items() if key not in left}
     loaded = {name: state[key] for key, name in taken.items()}
     _check_entries(loaded)
-    rest = {key: entry for key, entry in state.items() if key not in taken}
-    if any(isinstance(entry, Mapping) and "exp_avg_codes" in entry for entry in rest.values()):
-        raise ValueError(_CODES)
-    return loaded, {**state_dict, "state": rest}
+    if dealt:
+        loaded = {name: {key: _on_cpu(value) for key, value in entry.items()} for name, entry in loaded.items()}
+    return loaded, {**state_dict, "state": {key: entry for key, entry in state.items() if key not in taken}}
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) and not is_dtensor(value) else value
 
 
 def _check_projected(names: Mapping[Any, str], state: Mapping[Any, Any], projected: set[str]) -> None:

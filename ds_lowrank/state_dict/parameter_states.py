@@ -24,7 +24,7 @@ from ds_lowrank.states.layout import Axis, StateLayout
 from ds_lowrank.states.packing import pack
 
 CONSOLIDATE = (
-    "under DDP every rank keeps a part of the low-rank states: call optimizer.consolidate_state_dict() on all ranks, "
+    "under DDP every rank keeps a part of the states: call optimizer.consolidate_state_dict() on all ranks, "
     "then state_dict() on rank 0 (consolidate_state_dict(None): on every rank)"
 )
 NUMBERS = ("step", "refreshes", "left", "indices", "overlaps")

@@ -16,6 +16,7 @@ from ds_lowrank.plan.matrices import MatrixPlan
 # to its dtype and pass over the rest.
 STATE_KEY = "lowrank"
 EIGHT_BIT_KEY = "adamw8bit"  # the same for 8-bit moments of parameters that are not projected
+PARTS_KEY = "adamw"  # and under DDP for a rank's parts of moments that are numbers
 DESCRIPTION_KEY = "ds_lowrank"
 FORMAT = 1
 

@@ -3,7 +3,7 @@
     pip install lightning
     python launch/examples/lightning_module.py --devices 2 --steps 20
 
-Under DDP every rank keeps a part of the low-rank states; Lightning calls `consolidate_state_dict` before it saves them.
+Under DDP every rank keeps a part of the states; Lightning calls `consolidate_state_dict` before it saves them.
 The text is random; put your own in `batches`.
 """
 

@@ -43,9 +43,13 @@ def _load_wrong(case: Case, key: str, value: Any) -> str:
     run = start(case, build_model(case))
     for step in range(2):
         run.step([arguments(case, step, 0, rank)])
-    state = copy.deepcopy(torch.optim.Optimizer.state_dict(run.optimizer))
+    if case.layout == "ddp":
+        run.optimizer.consolidate_state_dict(None)
+        state = copy.deepcopy(run.optimizer.state_dict())
+    else:
+        state = copy.deepcopy(torch.optim.Optimizer.state_dict(run.optimizer))
     if rank == 1:
-        flat = next(e for e in state["state"].values() if "exp_avg" in e)
+        flat = next(e for e in state["state"].values() if "exp_avg" in e and "refreshes" not in e)
         flat[key] = value
     run.optimizer.load_state_dict(state)
     try:

@@ -771,18 +771,23 @@ def everything(run: Run) -> dict[str, Tensor]:
     case, layout = run.case, run.layout
     state = run.optimizer.state
     moments: dict[str, tuple[Piece, dict[str, Tensor]]] = {}
+    parts = getattr(run.optimizer.full_rank, "parts", layout)  # under DDP each rank has some
     for name in case.rest:
-        if name in layout.pieces and case.state_dtype != "int8":
+        if name not in parts.pieces:
+            continue
+        if "adamw" in state:
+            kept = {k: v for k, v in state["adamw"][name].items() if k.startswith("exp_avg")}
+            moments[name] = parts.pieces[name], {**kept, "step": state["adamw"][name]["step"].reshape(1)}
+        elif case.state_dtype != "int8":
             tensor, offset = layout.place(name)
             numel = layout.weight(name).numel()
             kept = {k: v.reshape(-1)[offset : offset + numel] for k, v in state[tensor].items() if k != "step"}
             moments[name] = layout.pieces[name], {**kept, "step": state[tensor]["step"].reshape(1)}
-        elif name in layout.pieces:
-            kept = state["adamw8bit"][
-                name
-            ]  # the scales of cut blocks are on several ranks: those show in the next step
+        else:
+            # The scales of cut blocks are on several ranks: those show in the next step.
+            kept = state["adamw8bit"][name]
             codes = {key: kept[key] for key in ("exp_avg_codes", "exp_avg_sq_codes")}
-            moments[name] = layout.pieces[name], {**codes, "step": torch.tensor([kept["step"]])}
+            moments[name] = parts.pieces[name], {**codes, "step": torch.tensor([kept["step"]])}
     told = gather_objects((run.pieces(), run.states(), moments, layout.ranks.copy))
     if this_rank():
         return {}

@@ -242,8 +242,8 @@ ODD = {
         ("zero3", 7, "int8", (4, 312160, 217040, 28800, 31922, 4400)),
         ("fsdp2", 3, "int8", (0, 334800, 149040, 0, 74008, 9600)),
         ("fsdp2", 7, "int8", (4, 186780, 98640, 28800, 32606, 4400)),
-        ("ddp", 3, "int8", (0, 1166400, 268800, 0, 161336, 9600)),
-        ("ddp", 7, "fp32", (1, 1155600, 265440, 0, 528480, 8800)),
+        ("ddp", 3, "int8", (0, 1496896, 599296, 0, 74016, 9600)),
+        ("ddp", 7, "fp32", (1, 1440016, 549856, 0, 105664, 8800)),
     ],
 )
 def test_uneven_cuts(kind, ranks, state_dtype, expected):
@@ -255,6 +255,20 @@ def test_uneven_cuts(kind, ranks, state_dtype, expected):
     at = ours.moments
     found = (at["step"]["temporaries"], at["refresh"]["temporaries"], ours.solver)
     assert (ours.rank, *found, at["resident"]["states"], at["resident"]["bases"]) == expected
+
+
+def test_under_ddp_moments_of_what_is_not_projected_are_shared_out():
+    """Of the embedding and the head, 512 x 64 each, and of norms; their new weights are on their way in each step."""
+    alone, *others = (plan_memory(TINY, ranks, rank=4, seq=32) for ranks in (1, 2, 4))
+    rest = 2 * 4 * (2 * 512 * 64)
+    for ranks, plan in zip((2, 4), others):
+        assert plan.ours.moments["resident"]["states"] == pytest.approx(
+            alone.ours.moments["resident"]["states"] / ranks, rel=0.01
+        )
+        assert plan.ours.moments["step"]["temporaries"] > (ranks + 1) / ranks * rest / 2
+        # Nobody else deals them.
+        whole = [p.optimizers["GaLore unsharded"].moments["resident"]["states"] for p in (alone, plan)]
+        assert whole[0] == whole[1] > rest
 
 
 @pytest.fixture(scope="module")
