@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_lowrank.full_rank.adamw import MOMENTS
 from ds_lowrank.methods import saved_layout
-from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, FORMAT, STATE_KEY
+from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, FORMAT, INSIDE, STATE_KEY
 from ds_lowrank.states.blocks import BLOCK, count
 from ds_lowrank.states.layout import StateLayout
 
@@ -94,7 +94,7 @@ def wide_dtype(entry: Mapping[str, Any]) -> torch.dtype:
 
 def _check_description(path: Path, masters: Sequence[Tensor], packed: Mapping[str, Any]) -> None:
     about = packed[DESCRIPTION_KEY]
-    if isinstance(about, Mapping) and about.get("format") != FORMAT:
+    if isinstance(about, Mapping) and about.get("format") not in (INSIDE, FORMAT):
         raise ValueError(
             f"{path} has format {about.get('format')!r} and this version reads {FORMAT}: use the version of then"
         )

@@ -18,6 +18,8 @@ from ds_lowrank.layouts.base import (
     Piece,
     Ranks,
     is_dtensor,
+    is_outside,
+    is_replicated,
     local_tensors,
 )
 from ds_lowrank.layouts.ddp import (
@@ -32,6 +34,7 @@ from ds_lowrank.layouts.ddp import (
 from ds_lowrank.layouts.hooks import at_end_of_backward, hook_gradients
 from ds_lowrank.layouts.zero import BF16_MASTER, ZeroLayout, check_left_out, in_flat_buffers, is_zero12
 from ds_lowrank.layouts.zero3 import Zero3Layout, check_partitioned, in_sub_groups, is_zero3, write_partition
+from ds_lowrank.layouts.zero_outside import OutsideEngine, OutsideLayout, watch_engines
 
 __all__ = [
     "BF16_MASTER",
@@ -40,6 +43,7 @@ __all__ = [
     "LayoutError",
     "LocalGradients",
     "Member",
+    "OutsideEngine",
     "ParameterLayout",
     "Piece",
     "Ranks",
@@ -53,9 +57,12 @@ __all__ = [
     "ignore_in_ddp",
     "in_join",
     "is_dtensor",
+    "is_outside",
+    "is_replicated",
     "joins_first",
     "local_tensors",
     "steps_now",
+    "watch_engines",
     "whole_shape",
     "write_parameter",
 ]
@@ -94,12 +101,15 @@ def bare_model(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> tuple[Layout, list[Member]]:
+def find_layout(
+    members: Sequence[Member], groups: Sequence[Group], engine: OutsideEngine | None = None
+) -> tuple[Layout, list[Member]]:
     """Find out how the model is sharded now.
 
     Args:
         members: the parameters that the optimizer was built with, group by group.
         groups: all its parameter groups as they are now.
+        engine: of DeepSpeed, whose optimizer was not given some of them.
 
     Returns:
         The layout, and the members with the parameters that are in the groups now; under DeepSpeed without those that
@@ -108,6 +118,11 @@ def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> tuple[Lay
     Raises:
         LayoutError: the sharding is not supported; the text says what is.
     """
+    if engine is not None:
+        inside, kept = find_layout([m for m in members if m.name not in engine.names], groups)
+        outside = [m for m in members if m.name in engine.names]
+        known = {m.name for m in kept} | engine.names
+        return OutsideLayout(inside, outside, engine), [m for m in members if m.name in known]
     held = [(index, p) for index, group in enumerate(groups) for p in group["params"]]
     replaced = [id(p) for _, p in held] != [id(m.held) for m in members]
     if replaced and [index for index, _ in held] == [m.group for m in members]:

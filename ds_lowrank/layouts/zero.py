@@ -59,7 +59,7 @@ class ZeroLayout:
     by_parameter = False
 
     def __init__(self, members: Sequence[Member], groups: Sequence[Group]):
-        self._flats: list[Tensor] = [_only_partition(g) for g in groups]
+        self._flats = {m.group: _only_partition(groups[m.group]) for m in members}
         self._fragments: dict[str, tuple[Tensor, int, int]] = {}
         self._members = {m.name: m for m in members}
         self._tensors = Tensors()
@@ -126,7 +126,7 @@ class ZeroLayout:
         return None
 
     def local_gradients(self, names: Sequence[str]) -> LocalGradients:  # noqa: D102
-        raise LayoutError(f"gradients 'projected' is not supported under {self.kind}: use gradients 'full'")
+        raise inside_error(self.kind)
 
     def checksums(self, what: str) -> None:  # noqa: D102
         return None
@@ -140,6 +140,14 @@ def _only_partition(group: Group) -> Tensor:
             "put one flat partition: this stage or optimizer wrapper is not supported"
         )
     return params[0]
+
+
+def inside_error(kind: str) -> LayoutError:
+    """Of matrices that DeepSpeed was given, whose gradients it reduces itself."""
+    return LayoutError(
+        f"gradients 'projected' under {kind} needs an optimizer that keeps its matrices from DeepSpeed: make it by "
+        "ds_lowrank.deepspeed_optimizer(model, config), or in the HF Trainer by ds_lowrank.trainer_optimizer()"
+    )
 
 
 def parallelism(member: Member) -> str | None:
