@@ -298,7 +298,7 @@ class LowRankAdamW(StepsBeside, JoinableOptimizer):
 
     def _find_layout(self) -> None:
         groups, options = self._all_groups, self._group_options
-        found = assemble(self._members, self._specs, groups, options, self.config, self.method, self._engine)
+        found = assemble(self._members, self._specs, groups, options, self.config, self.method, self._joined_engine())
         move_histories(self._plans, found.plans, self.state[STATE_KEY], found.comm)  # type: ignore[index]
         self._members, self._plans, self._comm = found.members, found.plans, found.comm
         self._left_out = found.left_out

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ds_lowrank.layouts import OutsideEngine
+from ds_lowrank.layouts import LayoutError, OutsideEngine
 
 Group = dict[str, Any]
 
@@ -126,6 +126,20 @@ class StepsBeside:
         """Go on beside an engine that has made its own of ``param_groups``. Collective: it finds the layout."""
         self._engine = engine
         self.ensure_state()
+
+    def _joined_engine(self) -> OutsideEngine | None:
+        """The engine beside which this steps, where it has groups outside.
+
+        Raises:
+            LayoutError: there is none, and nobody would step them.
+        """
+        if self._outside is not None and self._engine is None:
+            raise LayoutError(
+                "the optimizer was made for DeepSpeed, with projected matrices outside its groups, and no engine has "
+                "it: call deepspeed.initialize(model=model, optimizer=optimizer, ...) first, or make it by "
+                "ds_lowrank.build_optimizer"
+            )
+        return self._engine
 
     def step_outside(self) -> None:
         """Step the groups outside, with the learning rates that are in ``param_groups`` now. Collective."""

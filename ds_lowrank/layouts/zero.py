@@ -60,6 +60,8 @@ class ZeroLayout:
 
     def __init__(self, members: Sequence[Member], groups: Sequence[Group]):
         self._flats = {m.group: _only_partition(groups[m.group]) for m in members}
+        # DeepSpeed counts the groups that it was given.
+        self._units = {group: number for number, group in enumerate(sorted(self._flats))}
         self._fragments: dict[str, tuple[Tensor, int, int]] = {}
         self._members = {m.name: m for m in members}
         self._tensors = Tensors()
@@ -103,7 +105,7 @@ class ZeroLayout:
         return self._members[name].parameter.dtype
 
     def unit(self, name: str) -> int:  # noqa: D102
-        return self._members[name].group
+        return self._units[self._members[name].group]
 
     def place(self, name: str) -> tuple[Tensor, int]:  # noqa: D102
         flat, start, _ = self._fragments[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -21,9 +21,7 @@ from ds_lowrank.layouts.base import Layout, LayoutError, LocalGradients, Member,
 from ds_lowrank.layouts.cuts import slice_piece
 from ds_lowrank.layouts.ddp import ReplicatedLayout
 from ds_lowrank.layouts.hooks import WholeGradients
-
-# In a checkpoint's file of the model: what DeepSpeed keeps there of parameters that its optimizer does not own.
-SHAPES, FRAGMENTS = "frozen_param_shapes", "frozen_param_fragments"
+from ds_lowrank.layouts.zero_files import FRAGMENTS, SHAPES
 
 _WATCHED = "_ds_lowrank_watched"
 # By their names, so that nothing of DeepSpeed is imported before it is used: method -> whether stage 3 has it.
@@ -382,14 +380,6 @@ class PartitionedLayout:
 
     def checksums(self, what: str) -> None:  # noqa: D102
         return None
-
-
-def outside_weights(content: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Weights, flattened, of matrices outside from what a checkpoint's file of the model holds."""
-    fragments: Any = content.get(FRAGMENTS) if isinstance(content, Mapping) else None
-    for name in names if isinstance(fragments, Mapping) else ():
-        if isinstance(fragments.get(name), Tensor):
-            yield name, fragments[name].reshape(-1)
 
 
 def _combine() -> Callable[[Sequence[Any]], Tensor]:

@@ -16,6 +16,7 @@ from harness import DeepSpeedRun, deepspeed_config, start, whole
 from torch import Tensor
 
 import ds_lowrank
+from ds_lowrank.checkpoint.opening import open_checkpoint
 from ds_lowrank.optimizer import STATE_KEY
 
 STAGES = ("zero1", "zero2", "zero3")
@@ -26,14 +27,15 @@ class Projected(Case):
     """A case with projected gradients.
 
     Attributes:
-        accumulator_dtype: option of the optimizer.
+        gradients, accumulator_dtype: options of the optimizer.
     """
 
+    gradients: str = "projected"
     accumulator_dtype: str = "fp32"
 
     @property
     def options(self) -> dict[str, Any]:
-        own = {"gradients": "projected", "accumulator_dtype": self.accumulator_dtype}
+        own = {"gradients": self.gradients, "accumulator_dtype": self.accumulator_dtype}
         return {**super().options, **own}
 
 
@@ -337,3 +339,74 @@ def _persistent(case: Projected) -> dict[str, bool]:
     found = {"persistent": all(p.data.numel() == p.ds_numel for p in held), "equal": all(equal)}
     run.close()
     return found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("first", "ranks", "second"),
+    [
+        (("zero2", "projected"), 3, ("zero2", "projected")),
+        (("zero2", "projected"), 3, ("zero3", "projected")),
+        (("zero3", "projected"), 3, ("zero1", "projected")),
+        (("zero3", "projected"), 2, ("zero2", "full")),
+        (("zero1", "projected"), 2, ("zero3", "full")),
+        (("zero2", "full"), 3, ("zero3", "projected")),
+        (("zero3", "full"), 2, ("zero1", "projected")),
+    ],
+)
+def test_a_state_goes_on_anywhere_and_comes_back(pools, first, ranks, second, dtype):
+    """What a second run saves as soon as it has loaded is what the first has saved, bit by bit."""
+    cases = [brief(2, layout=layout, gradients=gradients, dtype=dtype) for layout, gradients in (first, second)]
+    with tempfile.TemporaryDirectory() as folder:
+        pools(2).run(_save, cases[0], f"{folder}/first", None)
+        pools(ranks).run(_save, cases[1], f"{folder}/second", f"{folder}/first")
+        one, other = (open_checkpoint(f"{folder}/{name}") for name in ("first", "second"))
+        assert one.matrices.keys() == other.matrices.keys() != set()
+        for name, shape in one.parameters().items():
+            numel = torch.Size(shape).numel()
+            theirs, ours = (source.elements(name, "weight", 0, numel) for source in (one, other))
+            assert theirs is not None
+            assert ours is not None
+            if dtype == "bf16" and name != "gain":  # the master copies of full gradients are rounded for projected ones
+                theirs, ours = theirs.bfloat16(), ours.bfloat16()
+            assert torch.equal(theirs.float(), ours.float()), name
+        for name, saved in one.matrices.items():
+            assert one.numbers(name)["step"] == other.numbers(name)["step"] == 3
+            for key, rows in saved.states.tensors(saved.rank, saved.dtype).items():
+                size = {"rows": saved.long, "basis": saved.short, "matrix": 1}[rows.axis]
+                assert torch.equal(one.rows(name, key, 0, size), other.rows(name, key, 0, size)), (name, key)
+
+
+def _save(case: Projected, folder: str, loaded: str | None) -> None:
+    run = begin(case)
+    if loaded is None:
+        for step in range(3):
+            run.step(inputs(case, step))
+    else:
+        ds_lowrank.load_checkpoint(loaded, run.model, run.optimizer)
+    run.save(Path(folder))
+    run.close()
+
+
+@pytest.mark.parametrize("layout", ["zero2", "zero3"])
+def test_an_optimizer_made_by_hand_is_refused(pools, layout):
+    """DeepSpeed was given its matrices, and reduces their gradients itself."""
+    for text in pools(2).run(_by_hand, brief(2, layout=layout)):
+        assert "make it by ds_lowrank.deepspeed_optimizer" in text
+
+
+def _by_hand(case: Projected) -> str:
+    import deepspeed
+
+    model = build_model(case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = ds_lowrank.build_optimizer(model, case.options)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(case))
+    try:
+        optimizer.ensure_state()
+    except ds_lowrank.LayoutError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return "no error"
