@@ -32,6 +32,7 @@ from ds_lowrank.layouts import (
     ParameterLayout,
     check_excluded,
     find_layout,
+    find_layout_beside,
     whole_shape,
 )
 from ds_lowrank.methods import Method
@@ -137,7 +138,8 @@ def assemble(
             "ds_lowrank.param_groups(model), or the optimizer with ds_lowrank.build_optimizer(model)",
             stacklevel=5,
         )
-    layout, kept = find_layout(members, groups, engine)
+    found = find_layout(members, groups) if engine is None else find_layout_beside(engine, members, groups)
+    layout, kept = found
     names = {m.name for m in kept}
     left_out = [m for m in members if m.name not in names]
     comm = Comm(layout.ranks)

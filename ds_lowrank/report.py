@@ -182,7 +182,7 @@ def _adamw_numbers(layout: Layout, plan: MatrixPlan, rank: int) -> int:
     if is_outside(layout, plan.parameter):  # DeepSpeed would have it in a flat buffer, with a master copy
         return -(-plan.shape[0] * plan.shape[1] * plan.dtype.itemsize // layout.ranks.size)
     part = plan.parts[rank]
-    return 0 if part is None else part.numel() * plan.weight_dtype.itemsize
+    return 0 if part is None else part.numel * plan.weight_dtype.itemsize
 
 
 def _first(names: list[str], most: int) -> str:

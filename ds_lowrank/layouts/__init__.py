@@ -53,6 +53,7 @@ __all__ = [
     "check_left_out",
     "ddp_models",
     "find_layout",
+    "find_layout_beside",
     "hook_gradients",
     "ignore_in_ddp",
     "in_join",
@@ -101,15 +102,12 @@ def bare_model(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def find_layout(
-    members: Sequence[Member], groups: Sequence[Group], engine: OutsideEngine | None = None
-) -> tuple[Layout, list[Member]]:
+def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> tuple[Layout, list[Member]]:
     """Find out how the model is sharded now.
 
     Args:
         members: the parameters that the optimizer was built with, group by group.
         groups: all its parameter groups as they are now.
-        engine: of DeepSpeed, whose optimizer was not given some of them.
 
     Returns:
         The layout, and the members with the parameters that are in the groups now; under DeepSpeed without those that
@@ -118,11 +116,6 @@ def find_layout(
     Raises:
         LayoutError: the sharding is not supported; the text says what is.
     """
-    if engine is not None:
-        inside, kept = find_layout([m for m in members if m.name not in engine.names], groups)
-        outside = [m for m in members if m.name in engine.names]
-        known = {m.name for m in kept} | engine.names
-        return OutsideLayout(inside, outside, engine), [m for m in members if m.name in known]
     held = [(index, p) for index, group in enumerate(groups) for p in group["params"]]
     replaced = [id(p) for _, p in held] != [id(m.held) for m in members]
     if replaced and [index for index, _ in held] == [m.group for m in members]:
@@ -153,6 +146,16 @@ def find_layout(
 
         return Fsdp2Layout(members), list(members)
     return ReplicatedLayout(members), list(members)
+
+
+def find_layout_beside(
+    engine: OutsideEngine, members: Sequence[Member], groups: Sequence[Group]
+) -> tuple[Layout, list[Member]]:
+    """As :func:`find_layout`, where DeepSpeed's optimizer was not given some of the parameters."""
+    inside, kept = find_layout([m for m in members if m.name not in engine.names], groups)
+    outside = [m for m in members if m.name in engine.names]
+    known = {m.name for m in kept} | engine.names
+    return OutsideLayout(inside, outside, engine), [m for m in members if m.name in known]
 
 
 def _without_left_out(members: Sequence[Member], known: Callable[[Member], bool]) -> list[Member]:
