@@ -28,10 +28,12 @@ class Projected(Case):
 
     Attributes:
         gradients, accumulator_dtype: options of the optimizer.
+        alone: step from which odd ranks leave layer 0 out.
     """
 
     gradients: str = "projected"
     accumulator_dtype: str = "fp32"
+    alone: int = 1000
 
     @property
     def options(self) -> dict[str, Any]:
@@ -55,7 +57,11 @@ def weights_of(run: DeepSpeedRun) -> dict[str, Tensor]:
 
 
 def inputs(case: Projected, step: int) -> list[dict[str, Any]]:
-    return [arguments(case, step, micro, dist.get_rank()) for micro in range(case.accumulation)]
+    return [given(case, step, micro, dist.get_rank()) for micro in range(case.accumulation)]
+
+
+def given(case: Projected, step: int, micro: int, rank: int) -> dict[str, Any]:
+    return {**arguments(case, step, micro, rank), "silent": step >= case.alone and rank % 2 == 1}
 
 
 class Local:
@@ -80,7 +86,7 @@ class Local:
             local = []
             for rank in range(dist.get_world_size()):
                 self.model.zero_grad()
-                loss = self.model(**arguments(self.case, step, micro, rank))
+                loss = self.model(**given(self.case, step, micro, rank))
                 (loss / self.case.accumulation).backward()
                 zeros = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
                 own = {n: (zeros[n] if p.grad is None else p.grad).float() for n, p in self.parameters.items()}
@@ -152,6 +158,15 @@ def test_steps_are_those_of_a_reference_that_is_given_every_local_gradient(pools
         assert found["replicas_equal"]
         assert not found["alive"]  # no gradient of a matrix is left after a backward pass
         assert found["refreshes"] >= 2
+
+
+@pytest.mark.parametrize("layout", ["zero1", "zero2"])
+def test_a_gradient_that_is_missing_on_a_rank_counts_as_zeros(pools, layout):
+    """As of an expert that none of its tokens went to. What DeepSpeed reduces itself has to be everywhere."""
+    for found in pools(2).run(follow, brief(2, layout=layout, alone=2)):
+        assert found["far"] < 2e-5
+        assert found["norms"] < 1e-6
+        assert found["replicas_equal"]
 
 
 @pytest.mark.parametrize("layout", STAGES)
