@@ -74,6 +74,7 @@ class Local:
         wire = run.engine.communication_data_type
         self.reference.wire = wire if wire == torch.bfloat16 else None
         self.reference.replicas = 1 if case.layout == "zero3" else dist.get_world_size()
+        self.reference.copies = (tuple(range(dist.get_world_size())),)
         self.parameters = dict(self.model.named_parameters())
 
     def step(self, step: int, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
