@@ -25,7 +25,17 @@ from ds_lowrank.engine.step import LowRankStep
 from ds_lowrank.full_rank.adamw import FullRank, WideFullRank, weight_rounding
 from ds_lowrank.full_rank.adamw8bit_states import EightBitFullRank
 from ds_lowrank.full_rank.dealt import DealtFullRank
-from ds_lowrank.layouts import Layout, LayoutError, Member, ParameterLayout, check_excluded, find_layout, whole_shape
+from ds_lowrank.layouts import (
+    Layout,
+    LayoutError,
+    Member,
+    OutsideEngine,
+    ParameterLayout,
+    check_excluded,
+    find_layout,
+    find_layout_beside,
+    whole_shape,
+)
 from ds_lowrank.methods import Method
 from ds_lowrank.plan.matrices import MatrixPlan, make_plan
 from ds_lowrank.plan.specs import LOWRANK_KEYS, MatrixSpec, check_dtypes, make_specs
@@ -106,6 +116,7 @@ def assemble(
     group_options: Sequence[Mapping[str, Any]],
     config: LowRankConfig,
     method: Method,
+    engine: OutsideEngine | None = None,
 ) -> Assembly:
     """Find the layout, verify it and plan every matrix. Collective.
 
@@ -116,6 +127,7 @@ def assemble(
         group_options: of every group, see :func:`register_group`.
         config: the optimizer's own options.
         method: what is computed, and how states are kept.
+        engine: of DeepSpeed, beside which projected matrices step.
 
     Raises:
         ds_lowrank.LayoutError: on all ranks, when the sharding is not supported or not what it seems.
@@ -127,7 +139,8 @@ def assemble(
             "ds_lowrank.param_groups(model), or the optimizer with ds_lowrank.build_optimizer(model)",
             stacklevel=5,
         )
-    layout, kept = find_layout(members, groups)
+    found = find_layout(members, groups) if engine is None else find_layout_beside(engine, members, groups)
+    layout, kept = found
     names = {m.name for m in kept}
     left_out = [m for m in members if m.name not in names]
     comm = Comm(layout.ranks)

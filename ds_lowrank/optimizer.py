@@ -32,6 +32,7 @@ from ds_lowrank.engine.step import LowRankStep
 from ds_lowrank.full_rank.adamw import FullRank, keep_dtypes
 from ds_lowrank.layouts import Layout, LayoutError, Member, check_left_out, ddp_models, in_join, replicates
 from ds_lowrank.methods import make_method
+from ds_lowrank.outside import StepsBeside
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.plan.specs import MatrixSpec
 from ds_lowrank.state_dict.adopt import adopt_states, own_entries, take_entries
@@ -41,7 +42,7 @@ from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, PARTS_K
 logger = logging.getLogger(__name__)
 
 # What a copy of an optimizer has beside what torch's optimizers have, and the key under which it travels.
-_OWN = ("config", "narrow", "notes", "_members", "_specs", "_group_options", "_to_adopt")
+_OWN = ("config", "narrow", "notes", "_members", "_specs", "_group_options", "_to_adopt", "_outside")
 _COPIED = "ds_lowrank"
 
 # Options of a configuration that are not a group's or AdamW's.
@@ -53,7 +54,7 @@ OPTIONS = frozenset(f.name for f in dataclasses.fields(LowRankConfig)) - {
 construction_checks: list[Callable[[], None]] = []
 
 
-class LowRankAdamW(JoinableOptimizer):
+class LowRankAdamW(StepsBeside, JoinableOptimizer):
     r"""AdamW whose moments live in an r-dimensional subspace of each projected matrix's gradient.
 
     Every ``update_proj_gap`` steps a basis B (short × r) is selected from the gradient's singular vectors: drawn with
@@ -300,7 +301,8 @@ class LowRankAdamW(JoinableOptimizer):
         self._to_adopt, self._loaded = {}, False  # now: what was refused is refused again
 
     def _find_layout(self) -> None:
-        found = assemble(self._members, self._specs, self._all_groups, self._group_options, self.config, self.method)
+        groups, options = self._all_groups, self._group_options
+        found = assemble(self._members, self._specs, groups, options, self.config, self.method, self._joined_engine())
         move_histories(self._plans, found.plans, self.state[STATE_KEY], found.comm)  # type: ignore[index]
         self._members, self._plans, self._comm = found.members, found.plans, found.comm
         self._left_out = found.left_out
@@ -366,7 +368,7 @@ class LowRankAdamW(JoinableOptimizer):
             raise RuntimeError(CONSOLIDATE)
         packed = super().state_dict()
         if not self._layout.by_parameter:
-            packed[DESCRIPTION_KEY] = describe_pieces(self._layout, self._members, self._plans, self._all_groups)
+            packed[DESCRIPTION_KEY] = describe_pieces(self._layout, self._members, self._plans, self.param_groups)
             return packed
         states = packed["state"].pop(STATE_KEY)
         for key in (EIGHT_BIT_KEY, PARTS_KEY):
@@ -515,7 +517,8 @@ class LowRankAdamW(JoinableOptimizer):
                 arriving += self.full_rank.step([name for name in names if name not in done], group, self.state)
         plans = [p for p in self._plans if p.parameter in stepping]
         if self._projected is not None:
-            self._projected.step(plans, groups)
+            if self._outside is None or self.param_groups is self._outside.groups:
+                self._projected.step(plans, groups)
         else:
             if self._layerwise is not None:
                 plans = self._layerwise.remaining(plans)
@@ -559,13 +562,14 @@ class LowRankAdamW(JoinableOptimizer):
         """
         super().__setstate__({key: value for key, value in state.items() if key != _COPIED})
         self.defaults.pop("differentiable", None)  # torch's, for optimizers that have it: groups added later get it
-        self._all_groups = self.param_groups
+        self._all_groups = self._every_group()
         if _COPIED in state:
             self._forget_layout()
             self.__dict__.update(state[_COPIED])
+            self._all_groups = self._every_group()
             self.method = make_method(self.config)
             self._loaded = bool(self.state or self._to_adopt)
             return
         self._take_others()
-        for group, options in zip(self.param_groups, self._group_options):
+        for group, options in zip(self._all_groups, self._group_options):
             group.update(options)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_lowrank.full_rank.adamw import moment_bytes
+from ds_lowrank.layouts import Layout, is_outside
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.plan.matrices import MatrixPlan
 from ds_lowrank.states.layout import StateLayout
@@ -108,7 +109,7 @@ def make_report(optimizer: LowRankAdamW) -> Report:
     numel = {m.name: math.prod(m.shape) for m in optimizer.members}
     rest = [m for m in optimizer.members if m.name not in names]
     low = [sum(_state_bytes(p, k, optimizer.method.states) for p in plans) for k in range(ranks)]
-    held = [sum(_held(p, k) * p.weight_dtype.itemsize for p in plans) for k in range(ranks)]
+    held = [sum(_adamw_numbers(layout, p, k) for p in plans) for k in range(ranks)]
     # Full-rank parameters are cut evenly, whatever they are; under DDP our moments of them, and not AdamW's.
     over = len(layout.ranks.shard_group)
     ours = optimizer.method.formats.state_dtype
@@ -177,9 +178,12 @@ def _state_bytes(plan: MatrixPlan, rank: int, states: StateLayout) -> int:
     return 0 if share is None else states.bytes(share.rows, plan.kept(rank), plan.r, plan.dtype)
 
 
-def _held(plan: MatrixPlan, rank: int) -> int:
+def _adamw_numbers(layout: Layout, plan: MatrixPlan, rank: int) -> int:
+    """Bytes of one moment that AdamW would keep of a matrix in its place."""
+    if is_outside(layout, plan.parameter):  # DeepSpeed would have it in a flat buffer, with a master copy
+        return -(-plan.shape[0] * plan.shape[1] * plan.dtype.itemsize // layout.ranks.size)
     part = plan.parts[rank]
-    return 0 if part is None else part.numel
+    return 0 if part is None else part.numel * plan.weight_dtype.itemsize
 
 
 def _first(names: list[str], most: int) -> str:

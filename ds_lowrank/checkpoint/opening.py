@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ds_lowrank.checkpoint.safe_load import HoldsObjects, load_file
 from ds_lowrank.checkpoint.sources import Source, WholeSource, ZeroSource
 from ds_lowrank.checkpoint.torch_files import model_tensors
 from ds_lowrank.layouts.dcp_files import DistributedFiles
-from ds_lowrank.layouts.zero_files import optimizer_files, packed_state, tag_folder
+from ds_lowrank.layouts.zero_files import model_files, optimizer_files, outside_weights, packed_state, tag_folder
 from ds_lowrank.param_groups import clean_name
 from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, STATE_KEY
 
@@ -50,7 +51,7 @@ def open_checkpoint(folder: str | Path) -> Source:
                 raise ValueError(
                     f"{files[ours.index(False)][0]} lacks {DESCRIPTION_KEY}, which other ranks' files have"
                 )
-            return ZeroSource(tag, files, model_tensors(folder, tag))
+            return ZeroSource(tag, files, model_tensors(folder, tag), partial(_outside_weights, tag))
         return WholeSource(folder, "DeepSpeed with another optimizer", model_tensors(folder, tag), {})
     ranks = _ranks_that_wrote(folder)
     if (folder / "optimizer_0" / ".metadata").is_file():
@@ -69,6 +70,19 @@ def open_checkpoint(folder: str | Path) -> Source:
             states, projected = _whole_states(folder / name)
             return WholeSource(folder, layout, model_tensors(folder), states, ranks, projected, folder / name)
     return WholeSource(folder, "weights only", model_tensors(folder), {}, ranks)
+
+
+def _outside_weights(tag: Path, sizes: Sequence[Mapping[str, int]]) -> list[dict[str, Tensor]]:
+    """Of every rank, the weights that are in no flat master: name -> 1-D; ``sizes`` says of every rank how many."""
+    known: dict[Path, Any] = {}
+    found = []
+    for path, own in zip(model_files(tag, len(sizes)), sizes):
+        if own and path not in known:
+            if not path.is_file():
+                raise ValueError(f"{path} is missing, which has weights that no other file has")
+            known = {path: load_file(path)}
+        found.append(outside_weights(known.get(path), path, own) if own else {})
+    return found
 
 
 def check_checkpoint(folder: str | Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_lowrank.full_rank.adamw import MOMENTS
 from ds_lowrank.methods import saved_layout
-from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, FORMAT, STATE_KEY
+from ds_lowrank.state_dict.pieces import DESCRIPTION_KEY, EIGHT_BIT_KEY, FORMAT, INSIDE, STATE_KEY
 from ds_lowrank.states.blocks import BLOCK, count
 from ds_lowrank.states.layout import StateLayout
 
@@ -94,7 +94,7 @@ def wide_dtype(entry: Mapping[str, Any]) -> torch.dtype:
 
 def _check_description(path: Path, masters: Sequence[Tensor], packed: Mapping[str, Any]) -> None:
     about = packed[DESCRIPTION_KEY]
-    if isinstance(about, Mapping) and about.get("format") != FORMAT:
+    if isinstance(about, Mapping) and about.get("format") not in (INSIDE, FORMAT):
         raise ValueError(
             f"{path} has format {about.get('format')!r} and this version reads {FORMAT}: use the version of then"
         )
@@ -112,10 +112,13 @@ def _fits(about: Mapping[str, Any], masters: Sequence[Tensor], state: Mapping[An
         if not all(_whole(size) for size in found["shape"]):
             return False
         if "start" in found:
-            start, stop, unit, offset = (found[key] for key in ("start", "stop", "unit", "offset"))
-            if not all(_whole(number) for number in (start, stop, unit, offset, found["state"] + 1)):
+            start, stop = found["start"], found["stop"]
+            if not (_whole(start) and _whole(stop) and start <= stop <= torch.Size(found["shape"]).numel()):
                 return False
-            if not start <= stop <= torch.Size(found["shape"]).numel():
+            if "outside" in found:  # its weights are in the model's file, and it has no moments of AdamW
+                continue
+            unit, offset = found["unit"], found["offset"]
+            if not all(_whole(number) for number in (unit, offset, found["state"] + 1)):
                 return False
             if masters[unit].ndim != 1 or offset + stop - start > masters[unit].numel():
                 return False
@@ -124,6 +127,9 @@ def _fits(about: Mapping[str, Any], masters: Sequence[Tensor], state: Mapping[An
             return False
         if not all(_whole(number, 1) for number in (*found["shape"], found["rank"], found["index"] + 2)):
             return False
+    projected = {found["parameter"] for found in about["matrices"].values()}
+    if any("outside" in found and name not in projected for name, found in about["parameters"].items()):
+        return False
     names = (*about["parameters"], *about["matrices"])
     entries = [entry for key in (STATE_KEY, EIGHT_BIT_KEY) for entry in state.get(key, {}).values()]
     return (

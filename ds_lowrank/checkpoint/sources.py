@@ -12,7 +12,7 @@ are put together as a whole, by DeepSpeed's own tool.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -347,19 +347,29 @@ class ZeroSource:
         folder: with the ``*_optim_states.pt`` of all ranks.
         files: path, flat masters and packed state of each, in rank order.
         others: see :class:`Source`.
+        outside: gives, of every rank, the weights that are in no flat master, 1-D by name; it is told how many.
 
     Raises:
         ValueError: see :func:`ds_lowrank.checkpoint.rank_files.check_rank_files`.
     """
 
     def __init__(
-        self, folder: Path, files: list[tuple[Path, list[Tensor], dict[str, Any]]], others: Mapping[str, Tensor]
+        self,
+        folder: Path,
+        files: list[tuple[Path, list[Tensor], dict[str, Any]]],
+        others: Mapping[str, Tensor],
+        outside: Callable[[Sequence[Mapping[str, int]]], Sequence[Mapping[str, Tensor]]] | None = None,
     ):
         check_rank_files(folder, files)
         self.folder, self.others = folder, others
         self._masters = [masters for _, masters, _ in files]
         self._packed = [packed["state"] for _, _, packed in files]
         self._about = [packed[DESCRIPTION_KEY] for _, _, packed in files]
+        sizes = [
+            {n: p["stop"] - p["start"] for n, p in about["parameters"].items() if "outside" in p}
+            for about in self._about
+        ]
+        self._outside = outside(sizes) if outside is not None and any(sizes) else [{} for _ in sizes]
         self.layout, self.ranks = self._about[0]["layout"], self._about[0]["ranks"]
         self._shapes = {name: tuple(p["shape"]) for name, p in self._about[0]["parameters"].items()}
         self.matrices = {}
@@ -421,6 +431,10 @@ class ZeroSource:
         own = self._eight_bit(rank, parameter)
         if key in own:
             return own[key], 0
+        if key == "weight" and "outside" in piece:
+            return self._outside[rank][parameter], 0
+        if "outside" in piece:
+            return None, 0
         if key == "weight":
             return self._masters[rank][piece["unit"]], piece["offset"]
         return self._packed[rank].get(piece["state"], {}).get(key), piece["offset"]

@@ -27,7 +27,7 @@ class Clipping:
     ) -> None:
         self._layout, self._comm, self._members, self._projected = layout, comm, members, projected
         self._seen: dict[str, tuple[Tensor, int]] = {}
-        if projected is not None:
+        if projected is not None and layout.by_parameter:  # DeepSpeed's gradients are its engine's, and it clips
             projected.after_pass = self.look
 
     def _gradients(self) -> list[tuple[str, Tensor]]:

@@ -20,6 +20,7 @@ from ds_lowrank.integrations.deepspeed_config import (
     read_deepspeed_config,
 )
 from ds_lowrank.integrations.zero_init import count_all_ranks
+from ds_lowrank.layouts import watch_engines
 from ds_lowrank.optimizer import OPTIONS, LowRankAdamW
 from ds_lowrank.param_groups import param_groups
 
@@ -70,7 +71,22 @@ def deepspeed_optimizer(
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     optimizer = build_optimizer(model, config, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, ranks=ranks)
     optimizer.notes = settings.notes
+    if config.gradients == "projected":
+        keep_from_deepspeed(optimizer)
     return optimizer
+
+
+def keep_from_deepspeed(optimizer: LowRankAdamW) -> None:
+    """Take the projected matrices out of what DeepSpeed will see, ahead of ``deepspeed.initialize`` and of schedulers.
+
+    DeepSpeed would flatten them, with gradients of full size; they stay the model's own weights, and step beside it.
+
+    Raises:
+        ValueError: nothing would be left to DeepSpeed's own optimizer.
+        ds_lowrank.LayoutError: the installed DeepSpeed does not allow it.
+    """
+    watch_engines()
+    optimizer.keep_outside()
 
 
 def build_optimizer(

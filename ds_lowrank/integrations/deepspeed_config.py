@@ -305,7 +305,9 @@ class _Reader:
         block = bf16_block(self.content)
         if not bf16_master(self.content):
             rounding = self._block(BLOCK).get("stochastic_rounding") is True
-            if rounding:
+            # Of projected gradients the matrices have no master copy, whatever DeepSpeed keeps of the rest.
+            bare = self._block(BLOCK).get("gradients") == "projected" and (self.bf16.enabled or self.automatic)
+            if rounding and not bare:
                 yield (
                     "lowrank.stochastic_rounding = true is for bf16 weights without an fp32 master copy, which "
                     f"DeepSpeed keeps unless told otherwise: set {BF16_MASTER}, or remove it"
@@ -343,15 +345,36 @@ class _Reader:
 
     def _lowrank(self) -> Iterator[str]:
         try:
-            layerwise = LowRankConfig.from_deepspeed(self.content).layerwise
+            config = LowRankConfig.from_deepspeed(self.content)
         except ValueError as error:
             yield str(error)
             return
-        if layerwise:
+        if config.gradients == "projected":
+            yield from self._projected()
+        if config.layerwise:
             yield (
                 "lowrank.layerwise = true is not supported under DeepSpeed: its engine collects the gradients of a "
                 "backward pass and steps when it is over. Remove it, or use FSDP2"
             )
+
+    def _projected(self) -> Iterator[str]:
+        """What does not go with matrices that DeepSpeed's optimizer is not given."""
+        option = 'lowrank.gradients = "projected"'
+        if self.fp16:
+            yield f"{option} with fp16 is not supported: its losses are scaled. Use bf16"
+        if offload_device(self.zero) != "none" or self.zero.offload_param is not None:
+            yield f"{option} with offload_optimizer or offload_param is not supported yet: remove one of the two"
+        if self.zero.stage == 1 and self.bf16.enabled and self._accumulation_dtype() == torch.float32:
+            yield (
+                f"{option} in stage 1 with bf16 and data_types.grad_accum_dtype = fp32 is not supported: DeepSpeed "
+                "uses its BF16_Optimizer there. Use stage 2, or leave grad_accum_dtype out"
+            )
+        if getattr(self.zero, "compute_grad_norm", True) is False:
+            yield f"{option} needs the gradients' norm: remove zero_optimization.compute_grad_norm = false"
+        if getattr(self.zero, "zero_hpz_partition_size", 1) > 1:
+            yield f"{option} with zero_optimization.zero_hpz_partition_size > 1 is not supported: remove it"
+        if self.content.get("gradient_allreduce_op", "mean") not in ("mean", "auto"):
+            yield f"{option} averages gradients over the ranks: remove gradient_allreduce_op"
 
     def _deepspeeds_own(self) -> Iterator[str]:
         """What DeepSpeed would refuse when the run starts: key by key, so that all of it is found."""

@@ -14,7 +14,7 @@ from ds_lowrank.config import BLOCK, LowRankConfig
 from ds_lowrank.integrations.by_hand import built_by_trainer as _built_by_trainer
 from ds_lowrank.integrations.checkpoints import CheckpointCallback
 from ds_lowrank.integrations.ddp import exclude_from_ddp
-from ds_lowrank.integrations.deepspeed import build_optimizer
+from ds_lowrank.integrations.deepspeed import build_optimizer, keep_from_deepspeed
 from ds_lowrank.integrations.deepspeed_config import autocast_dtype, read_deepspeed_config
 from ds_lowrank.integrations.fsdp import check_fsdp_config
 from ds_lowrank.integrations.galore_arguments import with_galore_arguments
@@ -93,6 +93,8 @@ class _Factory:
             ranks = args.world_size if deepspeed_config is not None else None
             optimizer = build_optimizer(model, config, **adamw, ranks=ranks)
         optimizer.notes = notes
+        if config.gradients == "projected" and deepspeed_config is not None:
+            keep_from_deepspeed(optimizer)
         if config.layerwise and deepspeed_config is None and not wants_fsdp(args) and args.world_size > 1:
             exclude_from_ddp(model, optimizer)
         if wants_fsdp(args):

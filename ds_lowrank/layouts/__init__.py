@@ -18,6 +18,8 @@ from ds_lowrank.layouts.base import (
     Piece,
     Ranks,
     is_dtensor,
+    is_outside,
+    is_replicated,
     local_tensors,
 )
 from ds_lowrank.layouts.ddp import (
@@ -33,6 +35,7 @@ from ds_lowrank.layouts.ddp import (
 from ds_lowrank.layouts.hooks import at_end_of_backward, hook_gradients
 from ds_lowrank.layouts.zero import BF16_MASTER, ZeroLayout, check_left_out, in_flat_buffers, is_zero12
 from ds_lowrank.layouts.zero3 import Zero3Layout, check_partitioned, in_sub_groups, is_zero3, write_partition
+from ds_lowrank.layouts.zero_outside import OutsideEngine, OutsideLayout, watch_engines
 
 __all__ = [
     "BF16_MASTER",
@@ -41,6 +44,7 @@ __all__ = [
     "LayoutError",
     "LocalGradients",
     "Member",
+    "OutsideEngine",
     "ParameterLayout",
     "Piece",
     "Ranks",
@@ -50,14 +54,18 @@ __all__ = [
     "check_left_out",
     "ddp_models",
     "find_layout",
+    "find_layout_beside",
     "hook_gradients",
     "ignore_in_ddp",
     "in_join",
     "is_dtensor",
+    "is_outside",
+    "is_replicated",
     "joins_first",
     "local_tensors",
     "replicates",
     "steps_now",
+    "watch_engines",
     "whole_shape",
     "write_parameter",
 ]
@@ -140,6 +148,16 @@ def find_layout(members: Sequence[Member], groups: Sequence[Group]) -> tuple[Lay
 
         return Fsdp2Layout(members), list(members)
     return ReplicatedLayout(members), list(members)
+
+
+def find_layout_beside(
+    engine: OutsideEngine, members: Sequence[Member], groups: Sequence[Group]
+) -> tuple[Layout, list[Member]]:
+    """As :func:`find_layout`, where DeepSpeed's optimizer was not given some of the parameters."""
+    inside, kept = find_layout([m for m in members if m.name not in engine.names], groups)
+    outside = [m for m in members if m.name in engine.names]
+    known = {m.name for m in kept} | engine.names
+    return OutsideLayout(inside, outside, engine), [m for m in members if m.name in known]
 
 
 def _without_left_out(members: Sequence[Member], known: Callable[[Member], bool]) -> list[Member]:

@@ -259,6 +259,18 @@ class Tensors:
         return self._names[id(tensor)]
 
 
+def is_replicated(layout: Layout, name: str) -> bool:
+    """Whether every rank holds a parameter whole; layouts in which that is so of some have a method of this name."""
+    asked = getattr(layout, "is_replicated", None)
+    return layout.replicated if asked is None else asked(name)
+
+
+def is_outside(layout: Layout, name: str) -> bool:
+    """Whether a parameter is in no tensor of the framework's, where others lie in flat buffers."""
+    asked = getattr(layout, "is_outside", None)
+    return asked is not None and asked(name)
+
+
 def is_dtensor(tensor: Any) -> bool:
     """Whether it is a DTensor, without importing what takes half as long as torch does: who has one has it imported."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -59,7 +59,9 @@ class ZeroLayout:
     by_parameter = False
 
     def __init__(self, members: Sequence[Member], groups: Sequence[Group]):
-        self._flats: list[Tensor] = [_only_partition(g) for g in groups]
+        self._flats = {m.group: _only_partition(groups[m.group]) for m in members}
+        # DeepSpeed counts the groups that it was given.
+        self._units = {group: number for number, group in enumerate(sorted(self._flats))}
         self._fragments: dict[str, tuple[Tensor, int, int]] = {}
         self._members = {m.name: m for m in members}
         self._tensors = Tensors()
@@ -103,7 +105,7 @@ class ZeroLayout:
         return self._members[name].parameter.dtype
 
     def unit(self, name: str) -> int:  # noqa: D102
-        return self._members[name].group
+        return self._units[self._members[name].group]
 
     def place(self, name: str) -> tuple[Tensor, int]:  # noqa: D102
         flat, start, _ = self._fragments[name]
@@ -126,7 +128,7 @@ class ZeroLayout:
         return None
 
     def local_gradients(self, names: Sequence[str]) -> LocalGradients:  # noqa: D102
-        raise LayoutError(f"gradients 'projected' is not supported under {self.kind}: use gradients 'full'")
+        raise inside_error(self.kind)
 
     def checksums(self, what: str) -> None:  # noqa: D102
         return None
@@ -140,6 +142,14 @@ def _only_partition(group: Group) -> Tensor:
             "put one flat partition: this stage or optimizer wrapper is not supported"
         )
     return params[0]
+
+
+def inside_error(kind: str) -> LayoutError:
+    """Of matrices that DeepSpeed was given, whose gradients it reduces itself."""
+    return LayoutError(
+        f"gradients 'projected' under {kind} needs an optimizer that keeps its matrices from DeepSpeed: make it by "
+        "ds_lowrank.deepspeed_optimizer(model, config), or in the HF Trainer by ds_lowrank.trainer_optimizer()"
+    )
 
 
 def parallelism(member: Member) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ds_lowrank.layouts.base import LayoutError, LocalGradients, Member, Piece, Tensors
 from ds_lowrank.layouts.cuts import slice_piece
-from ds_lowrank.layouts.zero import data_parallel_ranks, parallelism
+from ds_lowrank.layouts.zero import data_parallel_ranks, inside_error, parallelism
 
 
 def is_zero3(members: Sequence[Member]) -> bool:
@@ -115,7 +115,7 @@ class Zero3Layout:
         return None
 
     def local_gradients(self, names: Sequence[str]) -> LocalGradients:  # noqa: D102
-        raise LayoutError(f"gradients 'projected' is not supported under {self.kind}: use gradients 'full'")
+        raise inside_error(self.kind)
 
     def checksums(self, what: str) -> None:  # noqa: D102
         return None

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ds_lowrank.checkpoint.folders import member, read_text
 
+# In the model's file: what DeepSpeed keeps there of parameters that its optimizer does not own.
+SHAPES, FRAGMENTS = "frozen_param_shapes", "frozen_param_fragments"
+
 _OPTIMIZER_FILE = re.compile(r".*zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
@@ -41,6 +44,34 @@ def optimizer_files(tag: Path) -> list[Path]:
 def saved_by_stage3(tag: Path) -> bool:
     """Whether stage 3 wrote it: the only one that saves the model in parts."""
     return any(tag.glob("zero_pp_rank_*_model_states.pt"))
+
+
+def model_files(tag: Path, ranks: int) -> list[Path]:
+    """The model's file of each of the ranks that wrote a checkpoint; in stages 1 and 2 there is one for all."""
+    if not saved_by_stage3(tag):
+        return [tag / "mp_rank_00_model_states.pt"] * ranks
+    return [tag / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(ranks)]
+
+
+def outside_weights(content: Any, path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Weights that a rank holds of parameters that DeepSpeed's optimizer does not own, 1-D.
+
+    Args:
+        content: of the model's file, as it was read.
+        path: of the file, for errors.
+        sizes: name -> how many there have to be.
+
+    Raises:
+        ValueError: some are missing.
+    """
+    fragments = content.get(FRAGMENTS) if isinstance(content, Mapping) else None
+    found = {}
+    for name, size in sizes.items():
+        tensor = fragments.get(name) if isinstance(fragments, Mapping) else None
+        if not isinstance(tensor, Tensor) or tensor.numel() < size or not tensor.is_floating_point():
+            raise ValueError(f"{path} lacks the weights of {name}, which the optimizer's file says are there")
+        found[name] = tensor.reshape(-1)
+    return found
 
 
 def packed_state(content: Any, path: Path) -> tuple[list[Tensor], Any]:

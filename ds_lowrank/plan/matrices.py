@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from ds_lowrank.comm.collectives import Comm
-from ds_lowrank.layouts.base import Layout, LayoutError, Piece
+from ds_lowrank.layouts.base import Layout, LayoutError, Piece, is_replicated
 from ds_lowrank.plan.geometry import Box, Part, part_of
 from ds_lowrank.plan.specs import MatrixSpec
 from ds_lowrank.subspace.schedule import assign_owners, phases, refresh_cost, waves
@@ -213,7 +213,7 @@ def make_plan(
         specs,
         [answer[2] for answer in answers],
         copy=comm.ranks.copy,
-        replicated=layout.replicated,
+        replicated=lambda name: is_replicated(layout, name),
         dtype=layout.dtype,
         gradient_dtype=layout.gradient_dtype if gradient_dtype is None else lambda name: gradient_dtype,
         unit=layout.unit,
@@ -230,7 +230,7 @@ def plan_matrices(
     pieces: Sequence[Mapping[str, Piece]],
     *,
     copy: tuple[int, ...],
-    replicated: bool,
+    replicated: bool | Callable[[str], bool],
     dtype: Callable[[str], torch.dtype],
     gradient_dtype: Callable[[str], torch.dtype],
     unit: Callable[[str], int],
@@ -246,7 +246,7 @@ def plan_matrices(
         specs: the matrices in the model's parameter order.
         pieces: for each rank, parameter name -> what it holds.
         copy: for each rank, which copy of the model it is in.
-        replicated: every rank holds everything.
+        replicated: whether every rank holds everything, or one parameter, whole.
         dtype, gradient_dtype, unit: of a parameter, see :class:`ds_lowrank.layouts.Layout`.
         stagger, wave_size, shard_projection, left_out, projected: see :func:`make_plan`.
 
@@ -263,10 +263,11 @@ def plan_matrices(
         side = projected_side(spec.shape, spec.proj_type)
         short = spec.shape[1] if side == "right" else spec.shape[0]
         held = tuple(p.get(spec.parameter) for p in pieces)
-        key = (spec.parameter_shape, spec.index, spec.shape, side, held)
+        whole = replicated(spec.parameter) if callable(replicated) else replicated
+        key = (spec.parameter_shape, spec.index, spec.shape, side, held, whole)
         if key not in known:
             found = tuple(part_of(piece, spec.parameter_shape, spec.index, spec.name) for piece in held)
-            dealing = plan_shares(spec.shape, side, found, spec.name, copy=copy, replicated=replicated)
+            dealing = plan_shares(spec.shape, side, found, spec.name, copy=copy, replicated=whole)
             known[key] = (found, dealing, _slices(dealing, copy, short))
         parts, shares, slices = known[key]
         # Whoever computes no row keeps none of a basis, and has to be given all of it where it projects.
@@ -294,7 +295,7 @@ def plan_matrices(
                 slices=slices,
                 basis_sharded=slicing and cut,
                 copy=copy,
-                replicated=replicated,
+                replicated=whole,
                 projected=projected,
             )
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ds_lowrank.layouts import Group, Layout, Member
+from ds_lowrank.layouts import Group, Layout, Member, is_outside
 from ds_lowrank.plan.matrices import MatrixPlan
 
 # Low-rank states hang on a string key of ``state``: torch's and DeepSpeed's loaders cast what hangs on a parameter
@@ -18,7 +18,8 @@ STATE_KEY = "lowrank"
 EIGHT_BIT_KEY = "adamw8bit"  # the same for 8-bit moments of parameters that are not projected
 PARTS_KEY = "adamw"  # and under DDP for a rank's parts of moments that are numbers
 DESCRIPTION_KEY = "ds_lowrank"
-FORMAT = 1
+INSIDE = 1  # all weights are in flat masters
+FORMAT = 2  # some are in the model's file
 
 
 def describe_pieces(
@@ -28,8 +29,9 @@ def describe_pieces(
 
     Returns:
         ``format``, ``layout`` (its kind), ``ranks``, ``rank``; ``parameters``: name -> ``shape``, and where this rank
-        holds a piece ``start`` and ``stop`` (elements of the flattened parameter), ``unit`` (number of the flat master
-        buffer), ``state`` (number of the state in the packed optimizer) and ``offset`` (elements in both);
+        holds a piece ``start`` and ``stop`` (elements of the flattened parameter), and either ``unit`` (number of the
+        flat master buffer), ``state`` (number of the state in the packed optimizer) and ``offset`` (elements in both)
+        or ``outside``, 1: its weights are in the model's file;
         ``matrices``: name -> ``parameter``, ``index`` in a stack or -1, ``shape``, ``rank``, ``left``.
     """
     flats = [tensor for group in groups for tensor in group["params"]]
@@ -39,16 +41,14 @@ def describe_pieces(
         found = parameters[member.name] = {"shape": list(member.shape)}
         if member.name in layout.pieces:
             piece = layout.pieces[member.name]
+            found.update(start=piece.start, stop=piece.stop)
+            if is_outside(layout, member.name):
+                found["outside"] = 1
+                continue
             flat, offset = layout.place(member.name)
-            found.update(
-                start=piece.start,
-                stop=piece.stop,
-                unit=layout.unit(member.name),
-                state=numbers.get(id(flat), -1),
-                offset=offset,
-            )
+            found.update(unit=layout.unit(member.name), state=numbers.get(id(flat), -1), offset=offset)
     return {
-        "format": FORMAT,
+        "format": FORMAT if any("outside" in found for found in parameters.values()) else INSIDE,
         "layout": layout.kind,
         "ranks": layout.ranks.size,
         "rank": layout.ranks.rank,

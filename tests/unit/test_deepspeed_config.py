@@ -144,6 +144,45 @@ def test_our_own_files_say_what_is_clipped(path):
     assert read_deepspeed_config(path).notes == []
 
 
+# ---- projected gradients ----
+
+PROJECTED = {"lowrank": {"gradients": "projected"}}
+BF16 = {"bf16": {"enabled": True}}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (zero(offload_optimizer={"device": "cpu"}), "with offload_optimizer or offload_param is not supported yet"),
+        (zero(3, offload_param={"device": "cpu"}), "with offload_optimizer or offload_param is not supported yet"),
+        ({**zero(1), **BF16, "data_types": {"grad_accum_dtype": "fp32"}}, "uses its BF16_Optimizer there"),
+        (zero(3, zero_hpz_partition_size=2), "zero_hpz_partition_size > 1 is not supported"),
+        ({"gradient_allreduce_op": "sum"}, "averages gradients over the ranks"),
+    ],
+)
+def test_what_does_not_go_with_projected_gradients(change, text, no_gpu):
+    ds_lowrank.check_deepspeed_config({**GOOD, **change})
+    with pytest.raises(ValueError, match=re.escape(text)) as raised:
+        ds_lowrank.check_deepspeed_config({**GOOD, **change, **PROJECTED})
+    assert "\n" not in str(raised.value)
+
+
+def test_fp16_does_not_go_with_projected_gradients():
+    config = {**GOOD, "fp16": {"enabled": True}}
+    assert read_deepspeed_config(config, here=False).dtype == "fp16"
+    with pytest.raises(ValueError, match="with fp16 is not supported"):
+        read_deepspeed_config({**config, **PROJECTED}, here=False)
+
+
+def test_ordinary_bf16_rounds_projected_matrices_stochastically():
+    """They have no master copy, whatever DeepSpeed keeps of the rest."""
+    rounded = {"stochastic_rounding": True}
+    read_deepspeed_config({**GOOD, **BF16, "lowrank": {"gradients": "projected", **rounded}})
+    for config in ({**GOOD, **BF16, "lowrank": rounded}, {**GOOD, "lowrank": {**PROJECTED["lowrank"], **rounded}}):
+        with pytest.raises(ValueError, match="stochastic_rounding = true is for bf16 weights"):
+            read_deepspeed_config(config)
+
+
 # ---- the clip that nobody asked for ----
 
 
