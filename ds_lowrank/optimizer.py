@@ -414,7 +414,8 @@ class LowRankAdamW(JoinableOptimizer):
         which is all there is of it. torch's own function would clip the rest alone then; ``step()`` refuses that.
 
         Args:
-            max_norm: gradients are multiplied by ``max_norm / (norm + 1e-6)`` where that is less than 1.
+            max_norm: gradients are multiplied by ``max_norm / (norm + 1e-6)`` where that is less than 1; ``math.inf``
+                leaves them as they are.
             norm_type: 2.
             error_if_nonfinite: raise where the norm is not finite.
 

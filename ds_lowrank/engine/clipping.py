@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,6 +58,8 @@ class Clipping:
                 f"the norm of the gradients is {float(norm)}, so they cannot be clipped by it: leave out "
                 "error_if_nonfinite to go on all the same"
             )
+        if max_norm == math.inf:  # a norm is asked for and no clip; ∞ / ∞ would be one
+            return norm.float()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for name, grad in self._gradients():
             grad.mul_(factor.to(grad.device, grad.dtype))
@@ -85,5 +88,7 @@ class Clipping:
                 raise RuntimeError(
                     f"the gradient of {name} was changed after the backward pass, and projected gradients, which are "
                     "in no .grad, were not: clip with optimizer.clip_grad_norm_(max_norm), which takes all together "
-                    "(ds_lowrank.attach(trainer) has the HF Trainer do so), and scale the loss, not gradients"
+                    "(ds_lowrank.attach(trainer) has the HF Trainer do so, ds_lowrank.route_clipping(accelerator, "
+                    "optimizer) accelerate, configure_gradient_clipping Lightning: docs/integrations.md), and scale "
+                    "the loss, not gradients"
                 )
