@@ -61,20 +61,16 @@ class Clipping:
         if max_norm == math.inf:  # a norm is asked for and no clip; ∞ / ∞ would be one
             return norm.float()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for name, grad in self._gradients():
+        for _, grad in self._gradients():
             grad.mul_(factor.to(grad.device, grad.dtype))
-            self._note(name, grad)
+        self.look()  # of all at once: FSDP2's gradients of a module are views of one tensor, and have one version
         if self._projected is not None:
             self._projected.scale_(factor)
         return norm.float()
 
-    def _note(self, name: str, grad: Tensor) -> None:
-        self._seen[name] = (grad, grad._version)
-
     def look(self) -> None:
-        """Remember gradients as the backward pass has left them."""
-        for name, grad in self._gradients():
-            self._note(name, grad)
+        """Remember gradients as they are now."""
+        self._seen = {name: (grad, grad._version) for name, grad in self._gradients()}
 
     def check(self) -> None:
         """Refuse gradients that were changed after the backward pass, where projected ones were not.
