@@ -98,7 +98,7 @@ def test_a_run_goes_on_with_projected_gradients_on_other_ranks(workplace, zero2_
     """From a checkpoint that ZeRO-2 has written with whole ones."""
     printed = start(workplace, "ddp", "projected_moved", resume_from_checkpoint=zero2_run[0] / "checkpoint-6")
     assert "step 6: going on with what ZeRO-1/2 on 2 ranks has saved; low-rank states of 28 matrices" in printed
-    assert "--resume: lowrank.gradients projected, and full before" in printed
+    assert "--resume: lowrank.gradients 'projected', and 'full' before" in printed
     assert "layout: DDP on 2 ranks" in printed
     assert "step      8 " in printed
 
