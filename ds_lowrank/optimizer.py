@@ -319,7 +319,8 @@ class LowRankAdamW(JoinableOptimizer):
             self._projected = project_in_backward(found, self.config, self.method, self._adopted_states)
         projected = {p.parameter for p in self._plans} if self._projected is not None else set()
         rest = [m for m in self._members if m.name not in projected]
-        self._clipping = Clipping(found.layout, found.comm, rest, self._projected)
+        others = [m for m in self._members if m.name in projected]
+        self._clipping = Clipping(found.layout, found.comm, rest, self._projected, others)
 
     def _step_alone(self, name: str, parameter: Tensor) -> None:
         group = {**self._all_groups[self._group_of[name]], "params": [parameter]}

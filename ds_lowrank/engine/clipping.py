@@ -21,12 +21,19 @@ class Clipping:
         comm: the collectives.
         members: parameters whose gradients are gradients: all, or those that are not projected.
         projected: what there is of the others.
+        others: these.
     """
 
     def __init__(
-        self, layout: Layout, comm: Comm, members: Sequence[Member], projected: ProjectedGradients | None
+        self,
+        layout: Layout,
+        comm: Comm,
+        members: Sequence[Member],
+        projected: ProjectedGradients | None,
+        others: Sequence[Member] = (),
     ) -> None:
         self._layout, self._comm, self._members, self._projected = layout, comm, members, projected
+        self._others = others
         self._seen: dict[str, tuple[Tensor, int]] = {}
         if projected is not None:
             projected.after_pass = self.look
@@ -73,11 +80,17 @@ class Clipping:
         self._seen = {name: (grad, grad._version) for name, grad in self._gradients()}
 
     def check(self) -> None:
-        """Refuse gradients that were changed after the backward pass, where projected ones were not.
+        """Refuse gradients that were changed after the backward pass, where projected ones were not, and whole ones.
 
         Raises:
             RuntimeError: naming a parameter.
         """
+        for m in self._others:
+            if m.held is not None and m.held.grad is not None:
+                raise RuntimeError(
+                    f"{m.name} {m.shape} has a gradient that was not projected: its hook came after the backward pass. "
+                    "Call ds_lowrank.describe(optimizer) before the first one (and after the model was wrapped)"
+                )
         now, seen, self._seen = dict(self._gradients()), self._seen, {}
         for name, (grad, version) in seen.items():
             if name in now and now[name].data_ptr() == grad.data_ptr() and now[name]._version != version:

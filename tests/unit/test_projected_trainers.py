@@ -333,6 +333,32 @@ def test_accelerates_clip_is_the_optimizers_where_it_was_routed():
     assert all(torch.equal(weight, weights(ours.model)[name]) for name, weight in weights(routed.model).items())
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_backward_pass_before_there_are_hooks_is_refused(clip):
+    """The step would be lost without a word."""
+    model = torch.nn.Linear(8, 12)
+    optimizer = build_optimizer(model, {**OPTIONS, "rank": 2}, lr=0.01)
+    model(torch.ones(2, 8)).sum().backward()
+    if clip:
+        optimizer.clip_grad_norm_(1.0)
+    with pytest.raises(RuntimeError, match=r"weight \(12, 8\) has a gradient that was not projected.*describe"):
+        optimizer.step()
+    optimizer.zero_grad()
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    assert [int(state["step"]) for state in optimizer.state[STATE_KEY].values()] == [1]
+
+
+def test_the_optimizer_is_found_inside_a_wrapper_that_is_a_copy_of_it():
+    """Lightning's is of a subclass of the optimizer's own class."""
+    optimizer = build_optimizer(torch.nn.Linear(8, 12), {**OPTIONS, "rank": 2}, lr=0.01)
+    kind = type("LightningLowRankAdamW", (ds_lowrank.LowRankAdamW,), {"__init__": lambda self: None})
+    wrapper = kind()
+    wrapper.__dict__.update(vars(optimizer), optimizer=optimizer)
+    ds_lowrank.describe(wrapper)
+    assert optimizer._layout is not None
+
+
 def test_a_clip_that_was_not_routed_is_refused():
     loop = Loop(route=False)
     with pytest.raises(RuntimeError, match=r"ds_lowrank.route_clipping\(accelerator, optimizer\)"):
