@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ds_lowrank.checkpoint.opening import open_checkpoint
     from ds_lowrank.integrations.attach import attach
     from ds_lowrank.integrations.checkpoints import PREEMPTED_EXIT_CODE, CheckpointCallback
+    from ds_lowrank.integrations.projected import route_clipping
     from ds_lowrank.integrations.resume import ResumeAnywhere
     from ds_lowrank.integrations.transformers import LowRankCallback, metrics, trainer_optimizer
     from ds_lowrank.layouts.fsdp import long_side_placement
@@ -52,6 +53,7 @@ __all__ = [
     "param_groups",
     "prepare_cpu",
     "projected_names",
+    "route_clipping",
     "trainer_optimizer",
 ]
 __version__ = "0.1.0"
@@ -72,6 +74,7 @@ _LATE = {
     "long_side_placement": "layouts.fsdp",
     "metrics": "integrations.transformers",
     "open_checkpoint": "checkpoint.opening",
+    "route_clipping": "integrations.projected",
     "trainer_optimizer": "integrations.transformers",
 }
 

@@ -325,7 +325,8 @@ class LowRankAdamW(StepsBeside, JoinableOptimizer):
             self._projected = project_in_backward(found, self.config, self.method, self._adopted_states)
         projected = {p.parameter for p in self._plans} if self._projected is not None else set()
         rest = [m for m in self._members if m.name not in projected]
-        self._clipping = Clipping(found.layout, found.comm, rest, self._projected)
+        others = [m for m in self._members if m.name in projected]
+        self._clipping = Clipping(found.layout, found.comm, rest, self._projected, others)
 
     def _step_alone(self, name: str, parameter: Tensor) -> None:
         group = {**self._all_groups[self._group_of[name]], "params": [parameter]}
@@ -428,7 +429,8 @@ class LowRankAdamW(StepsBeside, JoinableOptimizer):
         which is all there is of it. torch's own function would clip the rest alone then; ``step()`` refuses that.
 
         Args:
-            max_norm: gradients are multiplied by ``max_norm / (norm + 1e-6)`` where that is less than 1.
+            max_norm: gradients are multiplied by ``max_norm / (norm + 1e-6)`` where that is less than 1; ``math.inf``
+                leaves them as they are.
             norm_type: 2.
             error_if_nonfinite: raise where the norm is not finite.
 

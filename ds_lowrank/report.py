@@ -75,13 +75,14 @@ def describe(optimizer: Any) -> Report:
 
 
 def unwrap(optimizer: Any) -> LowRankAdamW:
-    """The optimizer inside what accelerate or DeepSpeed wrapped it in.
+    """The optimizer inside what accelerate, DeepSpeed or Lightning wrapped it in.
 
     Raises:
         ValueError: it is another optimizer.
     """
     seen = optimizer
-    while not isinstance(seen, LowRankAdamW) and hasattr(seen, "optimizer"):
+    # Lightning's wrapper is of a subclass, with a copy of what the optimizer has: an instance, and not the optimizer.
+    while hasattr(seen, "optimizer"):
         seen = seen.optimizer
     if not isinstance(seen, LowRankAdamW):
         raise ValueError(

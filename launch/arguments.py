@@ -192,6 +192,15 @@ class LowRankArguments:
         default=None, help="step in the backward pass and free each gradient at once; needs --grad_clipping 0"
     )
 
+    gradients: str | None = HfArg(
+        default=None,
+        help="full; projected: project each gradient in the backward pass and free it, so that what is accumulated, "
+        "sent and clipped is its projection; not under DeepSpeed",
+    )
+    accumulator_dtype: str | None = HfArg(
+        default=None, help="in which projected gradients are added up: fp32, or bf16, rounded stochastically"
+    )
+
     def options(self, block: dict[str, Any], targets: list[str] | None) -> dict[str, Any]:
         """``block`` with the options and target modules that were given over it."""
         import_methods(self.methods or ())

@@ -43,6 +43,7 @@ from transformers.modeling_utils import set_zero3_state
 import ds_lowrank
 from ds_lowrank.comm.gloo import await_gloo
 from ds_lowrank.integrations.full_disk import say_last
+from ds_lowrank.integrations.projected import check_projected
 from ds_lowrank.integrations.transformers import check_layerwise
 from ds_lowrank.layouts import whole_shape
 from ds_lowrank.targets.keeping import keep_projected
@@ -99,6 +100,8 @@ def set_up(argv: list[str]) -> tuple[PretrainTrainer, ds_lowrank.LowRankConfig]:
     compare(before, record, args)
     if config.layerwise:
         check_layerwise(args)
+    if config.gradients == "projected" and args.optimizer == "lowrank":
+        check_projected(args)
     data = load_data(
         data_args,
         rank=args.process_index,

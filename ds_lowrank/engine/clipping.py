@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,12 +21,19 @@ class Clipping:
         comm: the collectives.
         members: parameters whose gradients are gradients: all, or those that are not projected.
         projected: what there is of the others.
+        others: these.
     """
 
     def __init__(
-        self, layout: Layout, comm: Comm, members: Sequence[Member], projected: ProjectedGradients | None
+        self,
+        layout: Layout,
+        comm: Comm,
+        members: Sequence[Member],
+        projected: ProjectedGradients | None,
+        others: Sequence[Member] = (),
     ) -> None:
         self._layout, self._comm, self._members, self._projected = layout, comm, members, projected
+        self._others = others
         self._seen: dict[str, tuple[Tensor, int]] = {}
         if projected is not None and layout.by_parameter:  # DeepSpeed's gradients are its engine's, and it clips
             projected.after_pass = self.look
@@ -57,33 +65,39 @@ class Clipping:
                 f"the norm of the gradients is {float(norm)}, so they cannot be clipped by it: leave out "
                 "error_if_nonfinite to go on all the same"
             )
+        if max_norm == math.inf:  # a norm is asked for and no clip; ∞ / ∞ would be one
+            return norm.float()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for name, grad in self._gradients():
+        for _, grad in self._gradients():
             grad.mul_(factor.to(grad.device, grad.dtype))
-            self._note(name, grad)
+        self.look()  # of all at once: FSDP2's gradients of a module are views of one tensor, and have one version
         if self._projected is not None:
             self._projected.scale_(factor)
         return norm.float()
 
-    def _note(self, name: str, grad: Tensor) -> None:
-        self._seen[name] = (grad, grad._version)
-
     def look(self) -> None:
-        """Remember gradients as the backward pass has left them."""
-        for name, grad in self._gradients():
-            self._note(name, grad)
+        """Remember gradients as they are now."""
+        self._seen = {name: (grad, grad._version) for name, grad in self._gradients()}
 
     def check(self) -> None:
-        """Refuse gradients that were changed after the backward pass, where projected ones were not.
+        """Refuse gradients that were changed after the backward pass, where projected ones were not, and whole ones.
 
         Raises:
             RuntimeError: naming a parameter.
         """
+        for m in self._others:
+            if m.held is not None and m.held.grad is not None:
+                raise RuntimeError(
+                    f"{m.name} {m.shape} has a gradient that was not projected: its hook came after the backward pass. "
+                    "Call ds_lowrank.describe(optimizer) before the first one (and after the model was wrapped)"
+                )
         now, seen, self._seen = dict(self._gradients()), self._seen, {}
         for name, (grad, version) in seen.items():
             if name in now and now[name].data_ptr() == grad.data_ptr() and now[name]._version != version:
                 raise RuntimeError(
                     f"the gradient of {name} was changed after the backward pass, and projected gradients, which are "
                     "in no .grad, were not: clip with optimizer.clip_grad_norm_(max_norm), which takes all together "
-                    "(ds_lowrank.attach(trainer) has the HF Trainer do so), and scale the loss, not gradients"
+                    "(ds_lowrank.attach(trainer) has the HF Trainer do so, ds_lowrank.route_clipping(accelerator, "
+                    "optimizer) accelerate, configure_gradient_clipping Lightning: docs/integrations.md), and scale "
+                    "the loss, not gradients"
                 )

@@ -62,8 +62,8 @@ class GradientCheck:
             found = any(there for _, there, _ in everywhere)
             remedy = (
                 "nobody averages them. Wrap the model in DistributedDataParallel, anew where a parameter was frozen "
-                "when it was wrapped and is trained now; with layerwise, call ds_lowrank.describe(optimizer) before "
-                "the first backward pass"
+                "when it was wrapped and is trained now; with layerwise or gradients 'projected', call "
+                "ds_lowrank.describe(optimizer) before the first backward pass"
             )
             check_equal([checksums for *_, checksums in everywhere], "gradients", remedy)
             if not (found or self._seen or self._layerwise):

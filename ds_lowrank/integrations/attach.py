@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.integrations.checkpoints import CheckpointCallback
+from ds_lowrank.integrations.projected import check_projected
 from ds_lowrank.integrations.resume import ResumeAnywhere
 from ds_lowrank.integrations.transformers import (
     LowRankCallback,
@@ -43,7 +44,8 @@ def attach(trainer: Any, config: LowRankConfig | Mapping[str, Any] | None = None
     Raises:
         TypeError: it is no Trainer.
         ValueError: it has an optimizer or an optimizer class already, or a second call; an option, the DeepSpeed or
-            the FSDP configuration is not supported; or what accelerate chose is not what was asked for.
+            the FSDP configuration is not supported, or does not go with ``gradients="projected"``; or what accelerate
+            chose is not what was asked for.
     """
     kind = type(trainer)
     if not all(hasattr(trainer, name) for name in ("args", "model", "create_optimizer", "add_callback", "accelerator")):
@@ -64,7 +66,8 @@ def attach(trainer: Any, config: LowRankConfig | Mapping[str, Any] | None = None
             "PPOTrainer) cannot be attached to"
         )
     choice = trainer_optimizer(config, args=trainer.args)
-    resolve_config(config, trainer.args)
+    if resolve_config(config, trainer.args).gradients == "projected":
+        check_projected(trainer.args, trainer.accelerator.mixed_precision)
     callbacks: list[TrainerCallback] = [LowRankCallback()]
     if trainer.args.save_strategy != "no":
         callbacks.append(CheckpointCallback())

@@ -18,6 +18,7 @@ from ds_lowrank.integrations.deepspeed import build_optimizer, keep_from_deepspe
 from ds_lowrank.integrations.deepspeed_config import autocast_dtype, read_deepspeed_config
 from ds_lowrank.integrations.fsdp import check_fsdp_config
 from ds_lowrank.integrations.galore_arguments import with_galore_arguments
+from ds_lowrank.integrations.projected import begin_training, check_projected, route_trainer
 from ds_lowrank.optimizer import LowRankAdamW
 from ds_lowrank.report import describe, unwrap
 from ds_lowrank.targets.keeping import keep_projected
@@ -89,16 +90,25 @@ class _Factory:
         if config.layerwise:
             check_layerwise(args)
             config = config.replace(accumulation_steps=args.gradient_accumulation_steps)
+        projected = config.gradients == "projected"
+        if projected:
+            check_projected(args, getattr(getattr(trainer, "accelerator", None), "mixed_precision", None))
         with _built_by_trainer():
             ranks = args.world_size if deepspeed_config is not None else None
             optimizer = build_optimizer(model, config, **adamw, ranks=ranks)
         optimizer.notes = notes
         if config.gradients == "projected" and deepspeed_config is not None:
             keep_from_deepspeed(optimizer)
-        if config.layerwise and deepspeed_config is None and not wants_fsdp(args) and args.world_size > 1:
+        in_backward = config.layerwise or projected
+        if in_backward and deepspeed_config is None and not wants_fsdp(args) and args.world_size > 1:
             exclude_from_ddp(model, optimizer)
         if wants_fsdp(args):
             optimizer.release_parameters()
+        callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", None)
+        if in_backward and callbacks is not None and not any(isinstance(c, _BEGINNING) for c in callbacks):
+            trainer.add_callback(_BeginTraining())
+        if projected and hasattr(trainer, "accelerator"):
+            route_trainer(trainer, optimizer)
         return optimizer
 
 
@@ -199,12 +209,28 @@ def check_saving(args: Any, ranks: int, callbacks: Sequence[Any]) -> None:
 class LowRankCallback(TrainerCallback):
     """Finds and verifies the layout before the first step and prints what is projected and what it costs.
 
-    Raises, on all ranks: ``ValueError`` when nothing is projected or when the Trainer runs another optimizer,
-    ``LayoutError`` when the sharding is not supported.
+    Raises, on all ranks: ``ValueError`` when nothing is projected, when the Trainer runs another optimizer, or when
+    something does not go with ``gradients="projected"``; ``LayoutError`` when the sharding is not supported.
     """
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):  # noqa: D102
+    def on_train_begin(self, args, state, control, optimizer=None, model=None, **kwargs):  # noqa: D102
+        inner, trainer = unwrap(optimizer), _calling_trainer()
+        if inner.config.gradients == "projected" and hasattr(trainer, "accelerator"):
+            # An optimizer that was given to the Trainer by optimizers=(...) has come by nobody else.
+            check_projected(args, trainer.accelerator.mixed_precision)
+            route_trainer(trainer, inner)
+        begin_training(model, inner)
         describe(optimizer)
+
+
+class _BeginTraining(TrainerCallback):
+    """The part of :class:`LowRankCallback` that no run can do without that uses gradients in the backward pass."""
+
+    def on_train_begin(self, args, state, control, optimizer=None, model=None, **kwargs):
+        begin_training(model, unwrap(optimizer))
+
+
+_BEGINNING = (LowRankCallback, _BeginTraining)
 
 
 def metrics(optimizer: Any) -> dict[str, float]:

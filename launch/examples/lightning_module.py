@@ -2,7 +2,9 @@
 
     pip install lightning
     python launch/examples/lightning_module.py --devices 2 --steps 20
+    python launch/examples/lightning_module.py --devices 2 --steps 20 --gradients projected
 
+The other three methods are for gradients `projected`, which DDP is not to average and Lightning cannot clip by itself.
 Under DDP every rank keeps a part of the states; Lightning calls `consolidate_state_dict` before it saves them.
 The text is random; put your own in `batches`.
 """
@@ -30,6 +32,8 @@ class LowRankModule(lightning.LightningModule):
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__()
         self.options = options
+        self.projected = options.get("gradients") == "projected"
+        self.optimizer: ds_lowrank.LowRankAdamW | None = None
         shape = LlamaConfig(
             hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4, vocab_size=512
         )
@@ -41,9 +45,32 @@ class LowRankModule(lightning.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
+    def configure_model(self) -> None:
+        """Called before DDP wraps the model."""
+        if self.projected and self.optimizer is None:
+            self.optimizer = ds_lowrank.build_optimizer(self, self.options)
+            ds_lowrank.exclude_from_ddp(self, self.optimizer)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Called when the model lies on its device and before DDP wraps it."""
-        return ds_lowrank.build_optimizer(self, self.options)
+        """Called when the model lies on its device."""
+        return self.optimizer or ds_lowrank.build_optimizer(self, self.options)
+
+    def on_train_start(self) -> None:
+        """Called before the first backward pass, ahead of which projected gradients need their hooks."""
+        if self.projected:
+            ds_lowrank.describe(self.optimizers())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning would clip what is in `.grad`, where projected gradients are not."""
+        if self.projected and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            optimizer.clip_grad_norm_(gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
 def batches(count: int) -> DataLoader:
@@ -59,9 +86,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--folder", default="runs/lightning")
     parser.add_argument("--checkpoint")
+    parser.add_argument("--gradients", default="full", choices=("full", "projected"))
     args = parser.parse_args()
     lightning.seed_everything(0)
-    module = LowRankModule({"rank": 32, "update_proj_gap": 50, "lr": 0.01})
+    module = LowRankModule({"rank": 32, "update_proj_gap": 50, "lr": 0.01, "gradients": args.gradients})
     trainer = lightning.Trainer(
         max_steps=args.steps,
         devices=args.devices,

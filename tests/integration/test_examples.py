@@ -53,10 +53,12 @@ def test_a_loop_under_fsdp2_goes_on_where_it_stopped(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
+@pytest.mark.parametrize("gradients", ["full", "projected"])
 @pytest.mark.parametrize("devices", [1, 2])
-def test_lightning_saves_and_restores_the_states_of_all_ranks(tmp_path, devices):
+def test_lightning_saves_and_restores_the_states_of_all_ranks(tmp_path, devices, gradients):
     def train(steps: int, *more: str) -> dict:
         script = [sys.executable, str(EXAMPLES / "lightning_module.py"), "--devices", str(devices)]
+        script += ["--gradients", gradients]
         printed = run(*script, "--steps", str(steps), "--folder", str(tmp_path / str(steps)), *more)
         assert f"step {steps}: loss" in printed
         (path,) = Path(tmp_path, str(steps)).rglob("*.ckpt")
