@@ -24,7 +24,16 @@ from ds_lowrank.engine.state import MatrixState, tensor_of
 from ds_lowrank.engine.step import LowRankStep
 from ds_lowrank.full_rank.adamw import FullRank, WideFullRank, weight_rounding
 from ds_lowrank.full_rank.adamw8bit_states import EightBitFullRank
-from ds_lowrank.layouts import Layout, LayoutError, Member, ParameterLayout, check_excluded, find_layout, whole_shape
+from ds_lowrank.layouts import (
+    Layout,
+    LayoutError,
+    Member,
+    ParameterLayout,
+    check_excluded,
+    find_layout,
+    own_groups,
+    whole_shape,
+)
 from ds_lowrank.methods import Method
 from ds_lowrank.plan.matrices import MatrixPlan, make_plan
 from ds_lowrank.plan.specs import LOWRANK_KEYS, MatrixSpec, check_dtypes, make_specs
@@ -129,7 +138,7 @@ def assemble(
     layout, kept = find_layout(members, groups)
     names = {m.name for m in kept}
     left_out = [m for m in members if m.name not in names]
-    comm = Comm(layout.ranks)
+    comm = Comm(own_groups(layout.ranks) if config.gradients == "projected" else layout.ranks)
     scales = [options.get("scale") for options in group_options]
     plans = make_plan(
         specs,
