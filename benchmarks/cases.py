@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from harness import Run, start, whole
 from low_bit import LowBitReference
+from regressions import SHAPES, Regressions
 from storage import state_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_lowrank.engine.bases import Bases
 from ds_lowrank.kernels.gaussian import gaussian_rows
@@ -33,25 +34,6 @@ PCA = {"lr_factor": 0.25, "eps": 1e-6}
 REFERENCES: dict[str, type[LowBitReference]] = {}
 
 T = TypeVar("T")
-Shapes = tuple[tuple[int, ...], ...]
-
-# Weights of one "layer": (out, in) of a linear layer, (experts, out, in) of stacked ones.
-SHAPES: dict[str, Shapes] = {
-    # tall, wide, square; sizes that leave every boundary between 2, 3 and 4 ranks in the middle of a row
-    "small": ((24, 10), (9, 31), (13, 13), (40, 7), (5, 23)),
-    # fewer rows than ranks, so that rows are cut more than once and some ranks compute none
-    "thin": ((2, 50), (3, 2), (61, 3)),
-    # stacked experts: fewer than ranks, and more; tall and wide
-    "experts": ((3, 12, 7), (5, 6, 16)),
-    # all of these kinds in one model
-    "mixed": ((24, 10), (9, 31), (13, 13), (2, 50), (3, 2), (3, 12, 7), (5, 6, 16)),
-    # even sizes, as models have them: DeepSpeed pads a group to 2 × ranks elements, which shifts odd boundaries
-    "even": ((16, 16), (48, 16), (16, 48)),
-    # sides that 2, 3 and 4 divide, for sharding wide matrices by columns
-    "columns": ((12, 48), (24, 12), (12, 12), (2, 12, 24)),
-    # LLaMA-60M's sizes, behind a small matrix that puts the boundaries of 2, 3 and 4 ranks in the middle of a row
-    "real": ((37, 53), (1376, 512), (512, 1376)),
-}
 
 
 @dataclass(frozen=True)
@@ -80,6 +62,7 @@ class Case:
         wide_on_columns: FSDP2 shards matrices along the side that suits the projection.
         offload: weights and states on the CPU.
         layerwise: step in the backward pass.
+        gradients, accumulator_dtype: of the optimizer; see ``projected_cases`` for what follows projected ones.
         zero: further keys of ``zero_optimization``.
         config: further top-level keys.
     """
@@ -111,6 +94,8 @@ class Case:
     wide_on_columns: bool = False
     offload: bool = False
     layerwise: bool = False
+    gradients: str = "full"
+    accumulator_dtype: str = "fp32"
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -155,90 +140,14 @@ class Case:
             "weight_decay": self.weight_decay,
             "layerwise": self.layerwise,
             "accumulation_steps": self.accumulation,
+            "gradients": self.gradients,
+            "accumulator_dtype": self.accumulator_dtype,
         }
 
 
 def brief(ranks: int, **settings: Any) -> Case:
     """A case for a test: three refreshes of every matrix and matrices cut, in as few steps and layers as that takes."""
     return Case(**{"gap": 3, "steps": 7, "layers": 4 if ranks == 3 else 3, **settings})
-
-
-class Experts(nn.Module):
-    """Linear maps stacked in one parameter, as transformers packs the experts of a layer."""
-
-    def __init__(self, experts: int, out: int, inside: int):
-        super().__init__()
-        self.num_experts = experts
-        self.weight = nn.Parameter(torch.randn(experts, out, inside) / math.sqrt(inside))
-
-
-class Few:
-    """Inputs that lie in few directions, the same on all ranks and in all micro-steps of a step.
-
-    Args:
-        step: of the optimizer.
-        directions: how many.
-    """
-
-    def __init__(self, step: int, directions: int):
-        self._generator = torch.Generator().manual_seed(77 + step)
-        self._directions = directions
-
-    def inputs(self, x: Tensor, expert: int | None) -> Tensor:
-        """What ``x`` (tokens × n) has in them; of stacked experts the first gets nothing, the second one direction."""
-        count = self._directions if expert is None else min(expert, self._directions)
-        if count >= x.shape[1]:
-            return x
-        drawn = torch.randn(x.shape[1], count, dtype=torch.float64, generator=self._generator)
-        frame = torch.linalg.qr(drawn).Q
-        # Of sizes that are far apart: vectors of equal singular values are arbitrary. In float64, so that rounding adds
-        # no directions of its own.
-        return (x.double() @ frame * 0.5 ** torch.arange(count)) @ frame.mT
-
-
-class Layer(nn.Module):
-    """Linear layers, each fitting a target of its own."""
-
-    def __init__(self, shapes: Shapes):
-        super().__init__()
-        for index, shape in enumerate(shapes):
-            part = nn.Linear(shape[1], shape[0], bias=False) if len(shape) == 2 else Experts(*shape)
-            self.add_module(str(index), part)
-
-    def forward(self, generator: torch.Generator, gain: Tensor, few: Few | None) -> Tensor:
-        loss: Any = 0.0
-        for part in self.children():
-            weight: Any = part.weight
-            for expert, w in enumerate([weight] if weight.ndim == 2 else weight):
-                m, n = w.shape
-                tokens = min(m, n) * 5 // 4 + 3
-                x = torch.randn(tokens, n, generator=generator) * _decay(n)
-                if few is not None:
-                    x = few.inputs(x, expert if weight.ndim == 3 else None)
-                y = torch.randn(tokens, m, generator=generator) * _decay(m)
-                error = gain.to(w.dtype) * nn.functional.linear(x.to(w.dtype), w) - y.to(w.dtype)
-                loss = loss + error.to(torch.promote_types(w.dtype, torch.float32)).square().sum() / tokens
-        return loss
-
-
-class Regressions(nn.Module):
-    """Layers, and a vector that scales every layer's outputs."""
-
-    def __init__(self, shapes: Shapes, layers: int):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(shapes) for _ in range(layers))
-        self.gain = nn.Parameter(torch.ones(layers))
-
-    def forward(self, seed: int, silent: bool = False, few: tuple[int, int] | None = None) -> Tensor:
-        """Loss on the data of ``seed``; ``silent`` leaves layer 0 out, so that it has no gradient; ``few``: of Few."""
-        generator = torch.Generator().manual_seed(seed)
-        inputs = None if few is None else Few(*few)
-        losses = [
-            layer(generator, gain, inputs)
-            for index, (layer, gain) in enumerate(zip(self.layers, self.gain))
-            if not (silent and index == 0)
-        ]
-        return torch.stack(losses).sum()
 
 
 def build_model(case: Case) -> Regressions:
@@ -276,14 +185,14 @@ def run_case(case: Case, with_free: bool = True) -> dict[str, Any]:
     for step in range(case.steps):
         delivered.clear()
         run.step([arguments(case, step, micro, rank) for micro in range(case.accumulation)])
-        given = _at_first(delivered)
+        given = at_first(delivered)
         if fed is not None:
             fed.step(_joined(optimizer, given)[0])
         if free is not None:
             free.step(free.own_gradients(step, dist.get_world_size()))
         # A basis lives for a period: compared in every second step, none is missed.
         if step % min(2, case.gap) == 0 or step == case.steps - 1:
-            same, far = _agree(optimizer, fed.reference if fed is not None else None)
+            same, far = agree(optimizer, fed.reference if fed is not None else None)
             equal, basis_deviation = same and equal, max(far, basis_deviation)
     final, replicas_equal = assemble(optimizer, held(optimizer))
     states: dict[str, Any] = optimizer.state[STATE_KEY]  # type: ignore[index]
@@ -298,7 +207,7 @@ def run_case(case: Case, with_free: bool = True) -> dict[str, Any]:
         "shared": sum(plan.shared for plan in optimizer.plans),
         "moved": sum(plan.moves for plan in optimizer.plans),
         "sent": dict(optimizer.comm.sent_bytes),
-        "model_equal": _model_is_master(run, final),
+        "model_equal": model_is_master(run, final),
     }
     run.close()
     return result
@@ -315,7 +224,7 @@ class Follower:
         self.weights = {n: w.clone() for n, w in self.start.items()}
         self.specs = optimizer.matrix_specs
         # Every matrix is a view of its parameter: one of the stacked, or all of it with trailing dimensions folded.
-        views = {s.name: _matrix(self.weights[s.parameter], s.index) for s in self.specs}
+        views = {s.name: matrix_of(self.weights[s.parameter], s.index) for s in self.specs}
         projected = {s.parameter for s in self.specs}
         views.update({n: w for n, w in self.weights.items() if n not in projected})
         options = case.options
@@ -343,7 +252,7 @@ class Follower:
 
     def step(self, gradients: dict[str, Tensor]) -> None:
         before = {n: self.weights[n].clone() for n in self.undecayed}
-        fed = {s.name: _matrix(gradients[s.parameter], s.index) for s in self.specs}
+        fed = {s.name: matrix_of(gradients[s.parameter], s.index) for s in self.specs}
         self.reference.step({**gradients, **fed})
         for n, w in before.items():
             self.weights[n].add_(w, alpha=self.reference.lr * self.reference.weight_decay)
@@ -378,7 +287,7 @@ def assemble(optimizer: LowRankAdamW, pieces: dict[str, tuple[Piece, Tensor]]) -
     return _joined(optimizer, optimizer.comm.gather_objects(pieces))
 
 
-def _at_first(value: T) -> list[T]:
+def at_first(value: T) -> list[T]:
     """Every rank's ``value`` on rank 0, where it is compared, and nothing on the others."""
     gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
     dist.gather_object(value, gathered or None)
@@ -409,7 +318,7 @@ def _joined(optimizer: LowRankAdamW, gathered: list[dict[str, tuple[Piece, Tenso
     return found, equal
 
 
-def _matrix(parameter: Tensor, index: int | None) -> Tensor:
+def matrix_of(parameter: Tensor, index: int | None) -> Tensor:
     shape = matrix_shape(tuple(parameter.shape), index is not None)
     return (parameter if index is None else parameter[index]).view(shape)
 
@@ -439,7 +348,7 @@ def _record_gradients(case: Case, optimizer: LowRankAdamW, into: dict[str, tuple
     optimizer.step = step  # type: ignore[method-assign]
 
 
-def _agree(optimizer: LowRankAdamW, reference: Reference | None) -> tuple[bool, float]:
+def agree(optimizer: LowRankAdamW, reference: Reference | None) -> tuple[bool, float]:
     """Whether indices, counters and bases are equal on every rank that computes and the first two equal to the
     reference's, and how far its bases are. Rank 0 knows.
     """
@@ -454,7 +363,7 @@ def _agree(optimizer: LowRankAdamW, reference: Reference | None) -> tuple[bool, 
         if basis is not None:
             mine[plan.name] = (state["indices"].tolist(), state["refreshes"], state["step"], basis.cpu())
     seen: dict[str, Any] = {}
-    for table in _at_first(mine):
+    for table in at_first(mine):
         for name, (*rest, basis) in table.items():
             *known, known_basis = seen.setdefault(name, (*rest, basis))
             if known != rest or not torch.equal(known_basis, basis):
@@ -474,7 +383,7 @@ def _agree(optimizer: LowRankAdamW, reference: Reference | None) -> tuple[bool, 
     return True, far
 
 
-def _model_is_master(run: Run, final: dict[str, Tensor]) -> bool:
+def model_is_master(run: Run, final: dict[str, Tensor]) -> bool:
     """Every rank's model holds the weights that the optimizer moves."""
     # A list, not a generator: every rank has to take part for every parameter.
     equal = [torch.equal(w := whole(p), final[n].to(w.dtype)) for n, p in run.model.named_parameters()]
@@ -484,7 +393,3 @@ def _model_is_master(run: Run, final: dict[str, Tensor]) -> bool:
 def arguments(case: Case, step: int, micro: int, rank: int) -> dict[str, Any]:
     few = None if case.directions is None else (step, case.directions)
     return {"seed": (step * 64 + micro) * 16 + rank, "silent": step < case.silent, "few": few}
-
-
-def _decay(size: int) -> Tensor:
-    return torch.logspace(0, -1.5, size)

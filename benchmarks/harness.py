@@ -147,14 +147,17 @@ class TorchRun:
             shard(case, model)
         self.model = model
         self.optimizer = ds_lowrank.build_optimizer(model, case.options)
-        if case.layerwise and case.layout == "ddp":
+        self.norm: Tensor | None = None  # of the last step's gradients, before they were clipped
+        self._projects = case.options.get("gradients") == "projected"
+        hooked = case.layerwise or self._projects
+        if hooked and case.layout == "ddp":
             ds_lowrank.exclude_from_ddp(model, self.optimizer)
         self._wrapped = model
         if case.layout == "ddp":
             # Otherwise DDP puts its buckets into another order after its first backward pass: a resumed run adds up
             # three or more ranks in another order in that one step.
             self._wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        if case.layerwise:
+        if hooked:
             self.optimizer.ensure_state()  # the hooks have to be there before the first backward pass
 
     def step(self, losses: list[dict[str, Any]]) -> None:
@@ -162,8 +165,10 @@ class TorchRun:
             with self._synchronised(micro + 1 == len(losses)), self._precision():
                 loss = self._wrapped(**arguments)
                 (loss / len(losses)).backward()
-        if self._case.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self._case.clip)
+        if self._case.clip and self._projects:
+            self.norm = self.optimizer.clip_grad_norm_(self._case.clip)
+        elif self._case.clip:
+            self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._case.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -34,6 +34,7 @@ from ds_lowrank.layouts import (
     check_excluded,
     find_layout,
     find_layout_beside,
+    own_groups,
     whole_shape,
 )
 from ds_lowrank.methods import Method
@@ -143,7 +144,7 @@ def assemble(
     layout, kept = found
     names = {m.name for m in kept}
     left_out = [m for m in members if m.name not in names]
-    comm = Comm(layout.ranks)
+    comm = Comm(own_groups(layout.ranks) if config.gradients == "projected" else layout.ranks)
     scales = [options.get("scale") for options in group_options]
     plans = make_plan(
         specs,

@@ -108,7 +108,7 @@ class ProjectedGradients:
         self._waiting: dict[str, MatrixPlan] = {}  # due, without a new basis
         self.after_pass: Callable[[], None] | None = None  # called when a backward pass has ended
         self._forget_pass()
-        source.hook(list(self._plans_of), self._ready)
+        source.hook(list(self._plans_of), self._ready, self._absent)
 
     def _forget_pass(self) -> None:
         self._open = False
@@ -137,6 +137,15 @@ class ProjectedGradients:
     def _ready(self, name: str, gradient: Tensor) -> None:
         with self._plainly():
             self._take(name, gradient)
+
+    @torch.no_grad()
+    def _absent(self, names: Sequence[str]) -> None:
+        """Some parameters have no gradient in this pass: ranks that have one do not wait for ours until its end."""
+        with self._plainly():
+            if not self._open:
+                self._begin()
+            self._arrived.update(names)
+            self._run_items(lambda plan: plan.parameter in self._arrived)
 
     def _take(self, name: str, gradient: Tensor) -> None:
         if not self._open:

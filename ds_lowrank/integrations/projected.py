@@ -36,11 +36,6 @@ def check_projected(args: Any, mixed_precision: str | None = None) -> None:
         ValueError: every fault, one a line.
     """
     faults = []
-    if any(getattr(args, name, None) is not None for name in ("hf_deepspeed_config", "deepspeed_plugin")):
-        faults.append(
-            "gradients 'projected' is not supported under DeepSpeed yet, whose engine flattens gradients of full size: "
-            "use FSDP2 or DDP, or gradients 'full'"
-        )
     if mixed_precision == "fp16" or args.fp16:
         faults.append(
             "fp16 = true scales the loss, and gradients 'projected', which are in no .grad, would not be unscaled: "

@@ -33,6 +33,7 @@ from ds_lowrank.layouts.ddp import (
     steps_now,
 )
 from ds_lowrank.layouts.hooks import at_end_of_backward, hook_gradients
+from ds_lowrank.layouts.own_groups import own_groups
 from ds_lowrank.layouts.zero import BF16_MASTER, ZeroLayout, check_left_out, in_flat_buffers, is_zero12
 from ds_lowrank.layouts.zero3 import Zero3Layout, check_partitioned, in_sub_groups, is_zero3, write_partition
 from ds_lowrank.layouts.zero_outside import OutsideEngine, OutsideLayout, watch_engines
@@ -63,6 +64,7 @@ __all__ = [
     "is_replicated",
     "joins_first",
     "local_tensors",
+    "own_groups",
     "replicates",
     "steps_now",
     "watch_engines",

@@ -201,12 +201,19 @@ class Layout(Protocol):
 class LocalGradients(Protocol):
     """Whole gradients of this rank, before anything averages them: of its own part of the batch."""
 
-    def hook(self, names: Sequence[str], ready: Callable[[str, Tensor], None]) -> None:
+    def hook(
+        self,
+        names: Sequence[str],
+        ready: Callable[[str, Tensor], None],
+        absent: Callable[[Sequence[str]], None],
+    ) -> None:
         """From now on call ``ready(name, gradient)`` once in a backward pass, and leave no gradient behind.
 
         Args:
             names: of parameters.
             ready: a bound method; ``gradient`` has the parameter's whole shape.
+            absent: a bound method, told during a backward pass which parameters will have no gradient in it, before
+                this rank waits for one that waits for them.
         """
         ...
 

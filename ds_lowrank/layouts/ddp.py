@@ -102,8 +102,18 @@ class ReplicatedLayout:
 
     def local_gradients(self, names: Sequence[str]) -> LocalGradients:  # noqa: D102
         parameters = {name: self._parameters[name] for name in names}
-        models = ddp_models(list(self._parameters.values())) if self.replicated else []
-        return WholeGradients(parameters, lambda: all(m.require_forward_param_sync for m in models))
+        if not self.replicated:
+            return WholeGradients(parameters, lambda: True)
+        models: list[DistributedDataParallel] = []
+
+        def syncs() -> bool:
+            if not models:  # it may have been wrapped since
+                models.extend(ddp_models(list(self._parameters.values())))
+            return all(m.require_forward_param_sync for m in models)
+
+        # Ranks that have no gradient of a projected parameter take part all the same.
+        others = {name: p for name, p in self._parameters.items() if name not in parameters}
+        return WholeGradients(parameters, syncs, others=others)
 
     def checksums(self, what: str) -> dict[tuple[str, Any], Any] | None:  # noqa: D102
         if not self.replicated:

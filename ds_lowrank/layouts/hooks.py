@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from ds_lowrank.layouts.base import LayoutError
@@ -62,6 +63,21 @@ def at_end_of_backward(function: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
+def absent(leaves: Mapping[str, Tensor]) -> list[str]:
+    """Which leaves will have no gradient in the backward pass that runs now: an expert without tokens.
+
+    As torch's register_multi_grad_hook finds it out.
+
+    Args:
+        leaves: name -> tensor; frozen ones are passed over.
+    """
+    found = []
+    for name, leaf in leaves.items():
+        if leaf.requires_grad and not torch._C._will_engine_execute_node(get_gradient_edge(leaf).node):
+            found.append(name)
+    return found
+
+
 class WholeGradients:
     """Gradients of parameters that this rank holds whole: one process, DDP, and what DeepSpeed is not given.
 
@@ -71,19 +87,43 @@ class WholeGradients:
         parameters: name -> parameter.
         syncs: asked once a backward pass, whether it is the last before a step.
         wire: dtype in which the framework would send a gradient; ``None``: the gradient's.
+        others: further parameters; a backward pass has begun when one of them has its gradient, too.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], syncs: Callable[[], bool], wire: torch.dtype | None = None
+        self,
+        parameters: Mapping[str, Tensor],
+        syncs: Callable[[], bool],
+        wire: torch.dtype | None = None,
+        others: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._parameters, self._syncs, self._wire = dict(parameters), syncs, wire
+        self._others = dict(others or {})
+        self._hooked: dict[str, Tensor] = {}
         self._ready: weakref.WeakMethod | None = None
+        self._absent: weakref.WeakMethod | None = None
+        self._pass = -1
 
-    def hook(self, names: Sequence[str], ready: Callable[[str, Tensor], None]) -> None:  # noqa: D102
-        self._ready = weakref.WeakMethod(ready)
-        hook_gradients({name: self._parameters[name] for name in names}, self._take)
+    def hook(  # noqa: D102
+        self,
+        names: Sequence[str],
+        ready: Callable[[str, Tensor], None],
+        absent: Callable[[Sequence[str]], None],
+    ) -> None:
+        self._ready, self._absent = weakref.WeakMethod(ready), weakref.WeakMethod(absent)
+        self._hooked = {name: self._parameters[name] for name in names}
+        hook_gradients(self._hooked, self._take)
+        hook_gradients(self._others, self._look)
+
+    def _look(self, name: str, parameter: Any) -> None:
+        """Tell once in a pass what will not come."""
+        now, told = torch._C._current_graph_task_id(), None if self._absent is None else self._absent()
+        if now != self._pass and told is not None:
+            self._pass = now
+            told(absent(self._hooked))
 
     def _take(self, name: str, parameter: Any) -> None:
+        self._look(name, parameter)
         gradient, ready = parameter.grad, None if self._ready is None else self._ready()
         if gradient is None or ready is None:
             return

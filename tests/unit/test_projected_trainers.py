@@ -246,7 +246,6 @@ def arguments(**options):
         ({"fp16": True}, "fp16 = true scales the loss.*use bf16"),
         ({"n_gpu": 2}, "one process with 2 GPUs is DataParallel.*torchrun"),
         ({"auto_find_batch_size": True, "world_size": 2}, "auto_find_batch_size = true on several ranks"),
-        ({"deepspeed_plugin": object()}, "not supported under DeepSpeed yet"),
         (
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             r"set gradient_checkpointing_kwargs=\{'use_reentrant': False\}",
