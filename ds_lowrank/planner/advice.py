@@ -44,11 +44,11 @@ def advise(model: Model, config: LowRankConfig, setup: Setup, gpu_memory: float,
         ValueError: see :func:`ds_lowrank.planner.memory.check_gpu_memory`.
     """
     check_gpu_memory(gpu_memory, margin)
-    arrangements: dict[tuple[str, int, str, int], Arrangement] = {}
+    arrangements: dict[tuple[object, ...], Arrangement] = {}
 
     @functools.cache  # changes are tried one by one, and then together
     def planned(run: Setup) -> MemoryPlan:
-        cut = (run.kind, run.ranks, run.master, run.sub_group)
+        cut = (run.kind, run.ranks, run.copies, run.master, run.dtype, run.gradients, run.sub_group)
         if cut not in arrangements:
             arrangements[cut] = arrange(model, config, run)
         return plan_setup(model, config, run, arrangements[cut])

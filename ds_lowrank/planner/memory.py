@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,13 +17,15 @@ from ds_lowrank.layouts import BF16_MASTER
 from ds_lowrank.planner.activations import Activations, activations
 from ds_lowrank.planner.arrangement import Arrangement, arrange
 from ds_lowrank.planner.frameworks import Frame, frames
+from ds_lowrank.planner.in_backward import Passes, base_terms
 from ds_lowrank.planner.model import Model, read_model
 from ds_lowrank.planner.setup import Setup, from_deepspeed, from_fsdp, low_rank_config
 from ds_lowrank.planner.states import OPTIMIZERS, States, states_of
 from ds_lowrank.planner.temporaries import temporaries
 
-TERMS = ("weights", "master", "states", "bases", "gradients", "buckets", "activations", "temporaries")
+TERMS = ("weights", "master", "states", "bases", "gradients", "accumulators", "buckets", "activations", "temporaries")
 GIB = 2**30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class RankMemory:
         rank: the rank.
         moments: name of a moment -> term -> bytes on the device: ``resident`` between steps; ``forward``, ``loss``,
             ``head``, ``layer`` and ``embedding`` in forward and backward; ``norm``, ``step`` and ``refresh`` (a step in
-            which matrices are due).
+            which matrices are due); where gradients are used in the backward pass, ``wave``, a layer's with matrices
+            that are due.
         solver: bytes of the workspace of ``eigh`` in ``refresh``, counted among its temporaries.
         host: bytes on the CPU.
     """
@@ -175,48 +178,62 @@ def plan_setup(model: Model, config: LowRankConfig, setup: Setup, arrangement: A
 
     Args:
         model, config, setup: the run.
-        arrangement: what lies where in it, which ``kind``, ``ranks``, ``master`` and ``sub_group`` decide; found where
-            ``None``.
+        arrangement: what lies where in it, which ``kind``, ``ranks``, ``copies``, ``master``, ``dtype``, ``gradients``
+            and ``sub_group`` decide; found where ``None``.
     """
     arrangement = arrangement or arrange(model, config, setup)
-    alive = None
+    a = Activations(0, 0, 0, 0, 0, 0)
     if model.decoder is not None:
-        alive = activations(model.decoder, setup.tokens, setup.width, setup.checkpointing)
-    held = frames(model, arrangement, setup)
+        a = activations(model.decoder, setup.tokens, setup.width, setup.checkpointing)
     gram_width = gram_dtype_on(config.gram_dtype, torch.device(setup.device)).itemsize
+    # Other optimizers are given whole gradients, and all of them.
+    usual = setup.replace(gradients="full", layerwise=False)
+    whole = arrangement if setup.projected is False else arrange(model, config, usual)
+    held = frames(model, whole, usual)
     found = {}
     for optimizer in OPTIMIZERS:
-        states = states_of(optimizer, arrangement, setup)
-        steps = _steps(optimizer, arrangement, setup, held, states, gram_width)
-        # Many ranks hold the same: the first that needs most stands for them.
-        ranks = {alike: k for k, alike in reversed(list(enumerate(zip(map(id, held), states, steps))))}
-        memories = [_on_rank(optimizer, setup, held[k], alive, k, states[k], steps[k]) for k in sorted(ranks.values())]
+        ours = optimizer == OPTIMIZERS[-1]
+        if ours and (setup.projected or setup.layerwise):
+            states = states_of(optimizer, arrangement, setup)
+            made = Passes(model, arrangement, setup, config, gram_width, a).of_ranks(states)
+            memories = [_memory(optimizer, k, *moments) for k, moments in _different(made)]
+        else:
+            states = states_of(optimizer, whole, usual)
+            steps = _steps(optimizer, whole, usual, held, states, gram_width)
+            ranks = _different(list(zip(map(id, held), states, steps)))
+            memories = [_on_rank(optimizer, usual, held[k], a, k, states[k], steps[k]) for k, _ in ranks]
         found[optimizer] = max(memories, key=lambda m: m.peak)
     return MemoryPlan(model.name, model.numel, setup, config, found, _notes(model, setup))
+
+
+def _different(of_ranks: Sequence[T]) -> list[tuple[int, T]]:
+    """Many ranks hold the same: the first of each kind."""
+    kinds: dict[Any, int] = {}
+    for k, held in enumerate(of_ranks):
+        key = id(held[0]) if isinstance(held, tuple) and isinstance(held[0], dict) else held
+        kinds.setdefault(key, k)
+    return [(k, of_ranks[k]) for k in kinds.values()]
+
+
+def _memory(optimizer: str, rank: int, moments: dict[str, dict[str, int]], solver: int, host: int = 0) -> RankMemory:
+    filled = {name: {term: terms.get(term, 0) for term in TERMS} for name, terms in moments.items()}
+    return RankMemory(optimizer, rank, filled, solver, host)
 
 
 def _on_rank(
     optimizer: str,
     setup: Setup,
     held: Frame,
-    alive: Activations | None,
+    a: Activations,
     rank: int,
     states: States,
     steps: tuple[int, int, int],
 ) -> RankMemory:
-    at_rest = {
-        "weights": held.weights,
-        "master": held.master,
-        "gradients": held.gradients if held.gradients_stay else 0,
-        "buckets": held.buckets_stay,
-    }
-    kept = {"states": states.moments, "bases": states.bases}
     host = held.host
     if setup.offload:
         host += states.moments + states.bases
-        kept = {}
-    base = {**at_rest, **kept}
-    a = alive or Activations(0, 0, 0, 0, 0, 0)
+        states = States(0)
+    base = base_terms(held, states)
     reduced = {**base, "gradients": held.gradients, "buckets": held.buckets}
     before = held.gradients if held.gradients_stay or setup.accumulation > 1 else 0
     # The backward pass lets go of activations layer by layer, and may have most parameters at its end.
@@ -236,8 +253,7 @@ def _on_rank(
     step, refresh, solver = steps
     moments["step"] = {**base, "gradients": held.gradients, "temporaries": step}
     moments["refresh"] = {**base, "gradients": held.gradients, "temporaries": refresh}
-    filled = {name: {term: terms.get(term, 0) for term in TERMS} for name, terms in moments.items()}
-    return RankMemory(optimizer, rank, filled, solver, host)
+    return _memory(optimizer, rank, moments, solver, host)
 
 
 def _steps(

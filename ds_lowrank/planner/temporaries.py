@@ -107,7 +107,7 @@ class _Batch:
             self.gathered, self.bases = self.gathered + h.computes * gathered, self.bases + h.computes * whole
             # Narrow slots are widened where they lie. What is refined has a sum ∇Aᵀ R of the rows here, and a part of
             # that of all.
-            numbers = plan.r * (1 + method.rule.copies) + (0 if offload else _widened(method.states, plan.r))
+            numbers = plan.r * (1 + method.rule.copies) + (0 if offload else widened(method.states, plan.r))
             self.stepping = self.stepping + h.rows * numbers * width
             if method.selection.evidence == "sketch":
                 self.stepping = self.stepping + h.computes * (2 * plan.short * plan.r * width)
@@ -156,7 +156,7 @@ def _pipeline(batches: Sequence[_Batch]) -> Tensor:
     return highest
 
 
-def _widened(kept: StateLayout, r: int) -> int:
+def widened(kept: StateLayout, r: int) -> int:
     """Numbers a row of A that a step reads from a narrow format."""
     return sum(
         kept.width(name, r)
@@ -174,6 +174,11 @@ def _basis(plan: MatrixPlan, method: Method, offload: bool, new: bool) -> tuple[
     if plan.basis_sharded:
         return stored.bytes(plan.short, plan.r, plan.dtype), basis
     return 0, basis if stored.name != "fp32" or offload else 0
+
+
+def refreshing(held: Sequence[Holding], gram_width: int, selection: Selection) -> tuple[Tensor, Tensor]:
+    """A refresh of matrices side by side whose gradients' rows are there already, and of it the solver's workspace."""
+    return _wave(held, [], gram_width, selection)
 
 
 def _wave(held: Sequence[Holding], parts: Sequence[_Batch], g: int, selection: Selection) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,265 @@
+"""Moments of a run whose gradients are used in the backward pass: ``gradients: projected``, and ``layerwise``.
+
+The backward pass lets go of activations layer by layer while accumulators fill, so its highest moment is looked for
+layer by layer. A moment ``wave`` is added to the others: where matrices are due, with their full gradients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ds_lowrank.config import LowRankConfig
+from ds_lowrank.planner.activations import Activations
+from ds_lowrank.planner.arrangement import Arrangement
+from ds_lowrank.planner.frameworks import Frame, frames
+from ds_lowrank.planner.holdings import Holding
+from ds_lowrank.planner.model import Model, only
+from ds_lowrank.planner.projected import (
+    ROUNDING,
+    Projection,
+    due_sets,
+    framework,
+    projections,
+)
+from ds_lowrank.planner.setup import Setup
+from ds_lowrank.planner.states import States
+from ds_lowrank.planner.temporaries import temporaries
+from ds_lowrank.states.rounding import PART
+
+Terms = dict[str, int]
+# Numbers that a step of what is not projected widens at once.
+_PART = 1 << 22
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A run whose gradients are used in the backward pass.
+
+    Attributes:
+        model, arrangement, setup, config: the run; ``config`` for its schedule.
+        gram_width: bytes of a number of a Gram.
+        alive: activations; zeros where the model's are not known.
+    """
+
+    model: Model
+    arrangement: Arrangement
+    setup: Setup
+    config: LowRankConfig
+    gram_width: int
+    alive: Activations
+
+    def of_ranks(self, states: Sequence[States]) -> list[tuple[dict[str, Terms], int]]:
+        """On each rank: moment -> term -> bytes, and the solver's workspace in the highest of them."""
+        if not self.setup.projected:
+            return _layerwise(self, states)
+        held = framework(self.model, self.arrangement, self.setup)
+        made = projections(self.arrangement, self.setup, self.config, self.gram_width)
+        # Many ranks hold the same.
+        known: dict[tuple[int, States, Projection], tuple[dict[str, Terms], int]] = {}
+        found = []
+        for frame, kept, projection in zip(held, states, made):
+            key = (id(frame), kept, projection)
+            if key not in known:
+                known[key] = _projected(self, frame, kept, projection)
+            found.append(known[key])
+        return found
+
+    @property
+    def rest(self) -> Model:
+        """What is not projected."""
+        return only(self.model, self.model.shapes.keys() - self.arrangement.projected)
+
+    @property
+    def first(self) -> int:
+        """Numbers of the first module's parameters, whose gradients come last."""
+        return self.model.numel_of(self.model.modules[0]) if self.model.modules else 0
+
+    def highest(self, accumulated: Callable[[float], int], frame: Frame) -> tuple[int, int, int]:
+        """Activations, accumulators and what the framework has by layer, where their sum is highest over the layers.
+
+        Args:
+            accumulated: share of the layers that are done -> bytes of accumulators.
+            frame: what the framework has by layer.
+        """
+        layers = max(len(self.model.layers), 1)
+        a = self.alive
+        places = (
+            (a.layer - d * a.each, accumulated((d + 1) / layers), frame.by_layer.get(layers - 1 - d, 0))
+            for d in range(layers)
+        )
+        return max(places, key=sum)
+
+
+def base_terms(frame: Frame, kept: States) -> Terms:
+    """Between steps."""
+    return {
+        "weights": frame.weights,
+        "master": frame.master,
+        "gradients": frame.gradients if frame.gradients_stay else 0,
+        "buckets": frame.buckets_stay,
+        "states": kept.moments,
+        "bases": kept.bases,
+    }
+
+
+def rest_step(run: Passes) -> int:
+    """What a step of parameters that are not projected widens."""
+    setup = run.setup
+    masters = setup.kind.startswith("zero")
+    weights = "fp32" if masters else setup.master
+    numels = [math.prod(shape) for shape in run.rest.shapes.values()]
+    largest = -(-max(numels, default=0) // (1 if setup.replicated and not masters else setup.shards))
+    a_number = {"fp32": 0, "bf16": 16, "int8": 16} if weights == "fp32" else {"fp32": 4, "bf16": 12, "int8": 16}
+    rounded = ROUNDING * min(PART, largest) if weights == "bf16" else 0
+    return a_number[setup.state_dtype] * min(_PART, largest) + rounded
+
+
+def _projected(run: Passes, frame: Frame, kept: States, made: Projection) -> tuple[dict[str, Terms], int]:
+    setup, a = run.setup, run.alive
+    base = base_terms(frame, kept)
+    several, local = setup.accumulation > 1, setup.local_passes or setup.ranks == 1
+    full = made.whole if local else made.rows
+    before = full if several else 0
+    rest = frame.gradients
+    if setup.local_passes and setup.kind == "fsdp2":  # whole where they were made
+        rest = setup.width * run.rest.numel
+    rest_before = rest if several or frame.gradients_stay else 0
+    # The embedding's comes at the end; of flat buffers all are there.
+    alike = setup.kind.startswith("zero") or several
+    coming = rest if alike else rest - min(rest, rest * run.first // max(run.rest.numel, 1))
+    at_end = made.whole if setup.ranks == 1 or (setup.local_passes and several) else made.rows
+
+    def filled(share: float) -> int:
+        return before if several else int(full * share)
+
+    sending = made.wire if setup.ranks > 1 else 0
+    reduced = {**base, "gradients": max(rest, frame.gradients), "buckets": frame.buckets}
+    passing = {**base, "gradients": rest_before, "accumulators": before}
+
+    def in_layer(more: int, accumulated: Callable[[float], int]) -> Terms:
+        act, accumulators, beside = run.highest(accumulated, frame)
+        return {
+            **reduced,
+            "gradients": max(coming, frame.gradients if alike else 0),
+            "activations": act,
+            "accumulators": accumulators,
+            "temporaries": frame.backward + beside + more,
+        }
+
+    moments = {
+        "resident": base,
+        "forward": {**passing, "activations": a.forward, "temporaries": frame.forward},
+        "loss": {**passing, "activations": a.loss, "temporaries": frame.loss},
+        "head": {**passing, "activations": a.head, "temporaries": frame.head},
+        "layer": in_layer(made.hook + sending, filled),
+        # Bases are made in the first backward pass of a step; those behind it have them waiting.
+        "wave": in_layer(made.wave + made.pending, lambda share: int(full * share)),
+        "embedding": {
+            **reduced,
+            "accumulators": at_end,
+            "activations": a.embedding,
+            "temporaries": frame.embedding + sending,
+        },
+        "norm": {**base, "gradients": frame.gradients, "accumulators": made.rows, "temporaries": frame.norm},
+    }
+    copies = [(0, 0), *frame.copies.values()]
+    step = max(made.step, rest_step(run) + max(during for _, during in copies), *(start for start, _ in copies))
+    after = {**base, "gradients": frame.gradients, "accumulators": made.rows}
+    moments["step"] = {**after, "temporaries": step}
+    moments["refresh"] = {**after, "temporaries": step + made.pending}
+    return moments, made.solver
+
+
+def _layerwise(run: Passes, states: Sequence[States]) -> list[tuple[dict[str, Terms], int]]:
+    setup = run.setup
+    if setup.kind == "ddp":  # what is not projected stays with DDP
+        held = frames(run.model, run.arrangement, setup, run.rest)
+    else:
+        held = frames(run.model, run.arrangement, setup)
+        # FSDP2 reduces a unit's gradients together.
+        unit = max((run.model.numel_of(layer) for layer in run.model.layers), default=0) // setup.shards
+        unit = setup.master_width * unit if setup.kind == "fsdp2" else 0
+        held = [dataclasses.replace(held[0], gradients=unit, buckets=0, buckets_stay=0)] * setup.ranks
+    full = list(zip(*_steps(run)))
+    known: dict[tuple[int, States, tuple[int, ...]], tuple[dict[str, Terms], int]] = {}
+    found = []
+    for frame, kept, made in zip(held, states, full):
+        key = (id(frame), kept, made)
+        if key not in known:
+            known[key] = _layerwise_moments(run, frame, kept, made)
+        found.append(known[key])
+    return found
+
+
+def _layerwise_moments(
+    run: Passes, frame: Frame, kept: States, made: tuple[int, ...]
+) -> tuple[dict[str, Terms], int]:
+    setup, a = run.setup, run.alive
+    alone, together, solver = made
+    base = base_terms(frame, kept)
+    m = setup.master_width
+    several = setup.accumulation > 1
+    # Everything is due at the first step, and what is due adds up in full.
+    held = m * run.model.numel // (setup.shards if setup.kind == "fsdp2" else 1) if several else frame.gradients
+    passing = {**base, "gradients": held if several else 0, "buckets": frame.buckets}
+    reduced = {**passing, "gradients": held}
+    act, _, beside = run.highest(lambda share: 0, frame)
+    top = 0 if setup.kind == "ddp" else rest_step(run)
+    inside = {**reduced, "activations": act}
+    moments = {
+        "resident": base,
+        "forward": {**passing, "activations": a.forward, "temporaries": frame.forward},
+        "loss": {**passing, "activations": a.loss, "temporaries": frame.loss},
+        "head": {**passing, "activations": a.head, "temporaries": frame.head + (0 if several else top)},
+        "layer": {**inside, "temporaries": frame.backward + beside + (0 if several else alone)},
+        "wave": {**inside, "temporaries": frame.backward + beside + (0 if several else together)},
+        "embedding": {
+            **reduced,
+            "activations": a.embedding,
+            "temporaries": frame.embedding + (0 if several else top),
+        },
+        "norm": reduced,
+        "step": {**reduced, "temporaries": max(rest_step(run), alone) if several else rest_step(run)},
+        "refresh": {**reduced, "temporaries": max(rest_step(run), together) if several else rest_step(run)},
+    }
+    return moments, solver
+
+
+def _steps(run: Passes) -> tuple[list[int], list[int], list[int]]:
+    """With its gradient, the largest step of one matrix; of a wave; and the solver's workspace in that."""
+    setup, config = run.setup, run.config
+    g = 0 if setup.accumulation > 1 else setup.master_width  # all gradients are counted where they add up
+    alone = together = solver = [0] * setup.ranks
+
+    def made(held: Sequence[Holding]) -> tuple[list[int], list[int], list[int]]:
+        of = [dataclasses.replace(h, plan=dataclasses.replace(h.plan, wave=0, gap=1)) for h in held]
+        t = temporaries(of, method=setup.method, gram_width=run.gram_width, device=setup.device)
+        here = [sum(g * int(h.part[k]) for h in held) for k in range(setup.ranks)]
+        return (
+            [x + n for x, n in zip(t.step, here)],
+            [x + n for x, n in zip(t.refresh, here)],
+            t.solver,
+        )
+
+    kinds = {(h.plan.shape, h.plan.r): h for h in run.arrangement.holdings}
+    for h in kinds.values():
+        step, refresh, work = made([h])
+        alone = [max(x, y) for x, y in zip(alone, step)]
+        if setup.ranks == 1:  # what one rank holds alone does not wait for others
+            higher = refresh[0] > together[0]
+            together, solver = ([refresh[0]], [work[0]]) if higher else (together, solver)
+    if setup.ranks == 1:
+        return alone, [max(together[0], alone[0])], solver
+    seen = set()
+    for waves in due_sets(run.arrangement.holdings, config):
+        for wave in waves:
+            key = tuple(sorted((h.plan.shape, h.plan.r, h.plan.owner) for h in wave))
+            if key not in seen:
+                seen.add(key)
+                _, refresh, work = made(wave)
+                solver = [w if y > x else s for x, y, s, w in zip(together, refresh, solver, work)]
+                together = [max(x, y) for x, y in zip(together, refresh)]
+    return alone, together, solver
