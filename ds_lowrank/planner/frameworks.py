@@ -29,6 +29,7 @@ class Frame:
         master: the copy that the optimizer steps.
         gradients: after the backward pass.
         gradients_stay: they are there between steps too.
+        local: gradients that passes before the last of a step leave whole on the rank that made them.
         buckets: that gradients are reduced in, while the backward pass runs.
         buckets_stay: bytes of them that are there between steps too.
         forward, loss, head, backward, embedding: whole parameters, gradients of them and copies on their way: in the
@@ -43,6 +44,7 @@ class Frame:
     master: int
     gradients: int
     gradients_stay: bool = False
+    local: int = 0
     buckets: int = 0
     buckets_stay: int = 0
     forward: int = 0
@@ -227,6 +229,7 @@ def _fsdp2(model: Model, setup: Setup, reduced: Model) -> Frame:
         weights=m * sum(share.values()) + model.buffer_bytes,
         master=0,
         gradients=m * sum(share[name] for name in reduced.shapes),
+        local=b * reduced.numel if setup.local_passes else 0,
         forward=forward,
         loss=b * (whole + kept),
         head=b * (whole + kept) + b * math.prod(model.shapes[tail[-1]]) + (r * whole if embedding else 0)

@@ -123,9 +123,7 @@ def _projected(run: Passes, frame: Frame, kept: States, made: Projection) -> tup
     several, local = setup.accumulation > 1, setup.local_passes or setup.ranks == 1
     full = made.whole if local else made.rows
     before = full if several else 0
-    rest = frame.gradients
-    if setup.local_passes and setup.kind == "fsdp2":  # whole where they were made
-        rest = setup.width * run.rest.numel
+    rest = max(frame.gradients, frame.local)
     rest_before = rest if several or frame.gradients_stay else 0
     # The embedding's comes at the end; of flat buffers all are there.
     alike = setup.kind.startswith("zero") or several
@@ -136,14 +134,14 @@ def _projected(run: Passes, frame: Frame, kept: States, made: Projection) -> tup
         return before if several else int(full * share)
 
     sending = made.wire if setup.ranks > 1 else 0
-    reduced = {**base, "gradients": max(rest, frame.gradients), "buckets": frame.buckets}
+    reduced = {**base, "gradients": rest, "buckets": frame.buckets}
     passing = {**base, "gradients": rest_before, "accumulators": before}
 
     def in_layer(more: int, accumulated: Callable[[float], int]) -> Terms:
         act, accumulators, beside = run.highest(accumulated, frame)
         return {
             **reduced,
-            "gradients": max(coming, frame.gradients if alike else 0),
+            "gradients": coming,
             "activations": act,
             "accumulators": accumulators,
             "temporaries": frame.backward + beside + more,
@@ -194,9 +192,7 @@ def _layerwise(run: Passes, states: Sequence[States]) -> list[tuple[dict[str, Te
     return found
 
 
-def _layerwise_moments(
-    run: Passes, frame: Frame, kept: States, made: tuple[int, ...]
-) -> tuple[dict[str, Terms], int]:
+def _layerwise_moments(run: Passes, frame: Frame, kept: States, made: tuple[int, ...]) -> tuple[dict[str, Terms], int]:
     setup, a = run.setup, run.alive
     alone, together, solver = made
     base = base_terms(frame, kept)

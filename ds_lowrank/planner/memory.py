@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ds_lowrank.config import LowRankConfig
+from ds_lowrank.config import BLOCK, LowRankConfig, load_json
 from ds_lowrank.engine.evidence import gram_dtype_on
 from ds_lowrank.layouts import BF16_MASTER
 from ds_lowrank.planner.activations import Activations, activations
@@ -135,6 +135,7 @@ def plan_memory(
     *,
     deepspeed: str | Path | Mapping[str, Any] | None = None,
     fsdp_config: str | Path | Mapping[str, Any] | None = None,
+    lowrank_config: str | Path | Mapping[str, Any] | None = None,
     rank: int | None = None,
     lowrank: Mapping[str, Any] | None = None,
     **given: Any,
@@ -146,10 +147,12 @@ def plan_memory(
         gpus: data-parallel ranks.
         deepspeed, fsdp_config: the framework's configuration, path or content, or accelerate's YAML file; neither: DDP
             (one process on one GPU).
+        lowrank_config: for DDP and one process: JSON with a ``"lowrank"`` block, path or content.
         rank: r; ``None``: the configuration's.
         lowrank: options that win over the configuration's ``"lowrank"`` block, from which formats are taken too.
         given: attributes of :class:`Setup`: ``seq``, ``micro_batch``, ``accumulation``, ``checkpointing``, ``dtype``,
-            ``master``, ``state_dtype``, ``basis_dtype``, ``device``, ``units``. Rule and selection are the block's.
+            ``master``, ``state_dtype``, ``basis_dtype``, ``device``, ``units``, ``copies``, ``no_sync``. Rule,
+            selection, ``gradients``, ``accumulator_dtype`` and ``layerwise`` are the block's.
 
     Raises:
         ValueError: an option is unknown or out of range, no rank is set, the framework's configuration is not
@@ -158,6 +161,10 @@ def plan_memory(
     """
     if deepspeed is not None and fsdp_config is not None:
         raise ValueError("give one of a DeepSpeed and an FSDP configuration, not both")
+    if lowrank_config is not None and (deepspeed is not None or fsdp_config is not None):
+        raise ValueError(
+            "lowrank_config is for DDP and one process: DeepSpeed's and FSDP's files have a block themselves"
+        )
     known = read_model(model)
     formats = {key: given.pop(key, None) for key in ("state_dtype", "basis_dtype")}
     if deepspeed is not None:
@@ -167,7 +174,8 @@ def plan_memory(
         setup, options = from_fsdp(fsdp_config, gpus, **given)
     else:
         chosen = {key: value for key, value in given.items() if value is not None}
-        setup, options = Setup(kind="ddp" if gpus > 1 else "one", ranks=gpus, **chosen), {}
+        setup = Setup(kind="ddp" if gpus > 1 else "one", ranks=gpus, **chosen)
+        options = {} if lowrank_config is None else dict(load_json(lowrank_config).get(BLOCK, {}))
     asked = {key: value for key, value in formats.items() if value is not None}
     config = low_rank_config({**options, **(lowrank or {}), **asked}, rank)
     return plan_setup(known, config, setup.of(config))
@@ -201,7 +209,7 @@ def plan_setup(model: Model, config: LowRankConfig, setup: Setup, arrangement: A
             states = states_of(optimizer, whole, usual)
             steps = _steps(optimizer, whole, usual, held, states, gram_width)
             ranks = _different(list(zip(map(id, held), states, steps)))
-            memories = [_on_rank(optimizer, usual, held[k], a, k, states[k], steps[k]) for k, _ in ranks]
+            memories = [on_rank(optimizer, usual, held[k], a, k, states[k], steps[k]) for k, _ in ranks]
         found[optimizer] = max(memories, key=lambda m: m.peak)
     return MemoryPlan(model.name, model.numel, setup, config, found, _notes(model, setup))
 
@@ -220,7 +228,7 @@ def _memory(optimizer: str, rank: int, moments: dict[str, dict[str, int]], solve
     return RankMemory(optimizer, rank, filled, solver, host)
 
 
-def _on_rank(
+def on_rank(
     optimizer: str,
     setup: Setup,
     held: Frame,
@@ -229,13 +237,22 @@ def _on_rank(
     states: States,
     steps: tuple[int, int, int],
 ) -> RankMemory:
+    """Moments of an optimizer that is given whole gradients.
+
+    Args:
+        optimizer, setup, rank: its name, the run, the rank.
+        held: of the framework.
+        a: activations; zeros where they are not known.
+        states: of the optimizer.
+        steps: the most in a step, in one with refreshes, and of that the solver's workspace.
+    """
     host = held.host
     if setup.offload:
         host += states.moments + states.bases
         states = States(0)
     base = base_terms(held, states)
-    reduced = {**base, "gradients": held.gradients, "buckets": held.buckets}
-    before = held.gradients if held.gradients_stay or setup.accumulation > 1 else 0
+    before = max(held.local, held.gradients if held.gradients_stay or setup.accumulation > 1 else 0)
+    reduced = {**base, "gradients": max(held.local, held.gradients), "buckets": held.buckets}
     # The backward pass lets go of activations layer by layer, and may have most parameters at its end.
     last = max(held.by_layer, default=0)
     kept_then, whole_then = max(

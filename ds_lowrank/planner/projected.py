@@ -204,8 +204,8 @@ def _step(held: Sequence[Holding], setup: Setup) -> Tensor:
     by_name = {h.plan.name: h for h in held}
     most, wire = nothing, wire_width(setup)
     for batch in batches_of(h.plan for h in held):
-        own = given = 0
-        lift = 0
+        own = nothing
+        given = lift = 0
         for plan in batch:
             h, work = by_name[plan.name], plan.dtype.itemsize
             numbers = plan.r * (1 + method.rule.copies) + widened(method.states, plan.r)
@@ -213,7 +213,7 @@ def _step(held: Sequence[Holding], setup: Setup) -> Tensor:
             given += plan.long * plan.r * wire
             some = min(widened_rows(plan.short), plan.long) * plan.short * work if plan.weight_dtype.itemsize < 4 else 0
             lift = max(lift, _decoded(h, setup) + some + (plan.long * plan.r * work if wire < work else 0))
-        most = torch.maximum(most, nothing + own + given + lift)
+        most = torch.maximum(most, own + given + lift)
     return most + _rounded(held, setup)
 
 

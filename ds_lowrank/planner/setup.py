@@ -208,6 +208,9 @@ def from_deepspeed(
         FileNotFoundError: no such file.
     """
     asked = None
+    for fsdp in ("copies", "no_sync"):
+        if given.get(fsdp) is None:
+            given.pop(fsdp, None)
     if is_accelerates(config):
         config, asked = deepspeed_file(config)  # type: ignore[arg-type]
     settings = read_deepspeed_config(config, here=False)
@@ -286,6 +289,7 @@ def from_fsdp(config: str | Path | Mapping[str, Any], ranks: int, **given: Any) 
             "offload_params (cpu_offload) = true of the FSDP configuration is not planned: set it to false, or use "
             "DeepSpeed's offload_optimizer"
         )
+    given.setdefault("no_sync", True)
     given["checkpointing"] = settings.checkpointing or given.get("checkpointing", False)
     named = passed_over.of_fsdp(settings.keys)
     setup = Setup(kind="fsdp2", ranks=ranks, reshard=settings.reshard, passed_over=named, **given)
