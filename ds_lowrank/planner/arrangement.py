@@ -91,6 +91,7 @@ def arrange(model: Model, config: LowRankConfig, setup: Setup) -> Arrangement:
         stagger=config.stagger,
         wave_size=config.wave_size,
         shard_projection=config.shard_projection,
+        projected=setup.projected,
     )
     return Arrangement(groups, unit, pieces, plans, projected)
 

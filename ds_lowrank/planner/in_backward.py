@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_lowrank.config import LowRankConfig
@@ -77,20 +77,20 @@ class Passes:
         """Numbers of the first module's parameters, whose gradients come last."""
         return self.model.numel_of(self.model.modules[0]) if self.model.modules else 0
 
-    def highest(self, accumulated: Callable[[float], int], frame: Frame) -> tuple[int, int, int]:
-        """Activations, accumulators and what the framework has by layer, where their sum is highest over the layers.
+    def highest(self, grows: int, frame: Frame) -> tuple[int, float, int]:
+        """Activations, the share of the layers that are done, and what the framework has by layer: in the layer where
+        their sum is highest.
 
         Args:
-            accumulated: share of the layers that are done -> bytes of accumulators.
+            grows: bytes that fill up in proportion to that share.
             frame: what the framework has by layer.
         """
         layers = max(len(self.model.layers), 1)
         a = self.alive
         places = (
-            (a.layer - d * a.each, accumulated((d + 1) / layers), frame.by_layer.get(layers - 1 - d, 0))
-            for d in range(layers)
+            (a.layer - d * a.each, (d + 1) / layers, frame.by_layer.get(layers - 1 - d, 0)) for d in range(layers)
         )
-        return max(places, key=sum)
+        return max(places, key=lambda at: at[0] + int(grows * at[1]) + at[2])
 
 
 def base_terms(frame: Frame, kept: States) -> Terms:
@@ -130,20 +130,22 @@ def _projected(run: Passes, frame: Frame, kept: States, made: Projection) -> tup
     coming = rest if alike else rest - min(rest, rest * run.first // max(run.rest.numel, 1))
     at_end = made.whole if setup.ranks == 1 or (setup.local_passes and several) else made.rows
 
-    def filled(share: float) -> int:
-        return before if several else int(full * share)
-
     sending = made.wire if setup.ranks > 1 else 0
-    reduced = {**base, "gradients": rest, "buckets": frame.buckets}
-    passing = {**base, "gradients": rest_before, "accumulators": before}
+    # Of the first step, in which everything is due, all bases stand beside the old ones from its first pass on.
+    waiting = made.pending if several else 0
+    passing = {**base, "gradients": rest_before, "accumulators": before, "bases": kept.bases + waiting}
+    reduced = {**base, "gradients": rest, "buckets": frame.buckets, "bases": kept.bases + waiting}
 
-    def in_layer(more: int, accumulated: Callable[[float], int]) -> Terms:
-        act, accumulators, beside = run.highest(accumulated, frame)
+    def in_layer(more: int, first: bool) -> Terms:
+        fills = 0 if several and not first else full
+        bases = made.pending if first else 0
+        act, share, beside = run.highest(fills + bases, frame)
         return {
             **reduced,
+            "bases": kept.bases + (int(bases * share) if first else waiting),
             "gradients": coming,
             "activations": act,
-            "accumulators": accumulators,
+            "accumulators": int(fills * share) or before,
             "temporaries": frame.backward + beside + more,
         }
 
@@ -152,11 +154,11 @@ def _projected(run: Passes, frame: Frame, kept: States, made: Projection) -> tup
         "forward": {**passing, "activations": a.forward, "temporaries": frame.forward},
         "loss": {**passing, "activations": a.loss, "temporaries": frame.loss},
         "head": {**passing, "activations": a.head, "temporaries": frame.head},
-        "layer": in_layer(made.hook + sending, filled),
-        # Bases are made in the first backward pass of a step; those behind it have them waiting.
-        "wave": in_layer(made.wave + made.pending, lambda share: int(full * share)),
+        "layer": in_layer(made.hook + sending, first=False),
+        "wave": in_layer(made.wave, first=True),
         "embedding": {
             **reduced,
+            "gradients": coming,
             "accumulators": at_end,
             "activations": a.embedding,
             "temporaries": frame.embedding + sending,
@@ -167,7 +169,7 @@ def _projected(run: Passes, frame: Frame, kept: States, made: Projection) -> tup
     step = max(made.step, rest_step(run) + max(during for _, during in copies), *(start for start, _ in copies))
     after = {**base, "gradients": frame.gradients, "accumulators": made.rows}
     moments["step"] = {**after, "temporaries": step}
-    moments["refresh"] = {**after, "temporaries": step + made.pending}
+    moments["refresh"] = {**after, "bases": kept.bases + made.pending, "temporaries": step}
     return moments, made.solver
 
 
@@ -202,7 +204,7 @@ def _layerwise_moments(run: Passes, frame: Frame, kept: States, made: tuple[int,
     held = m * run.model.numel // (setup.shards if setup.kind == "fsdp2" else 1) if several else frame.gradients
     passing = {**base, "gradients": held if several else 0, "buckets": frame.buckets}
     reduced = {**passing, "gradients": held}
-    act, _, beside = run.highest(lambda share: 0, frame)
+    act, _, beside = run.highest(0, frame)
     top = 0 if setup.kind == "ddp" else rest_step(run)
     inside = {**reduced, "activations": act}
     moments = {

@@ -1,15 +1,17 @@
-"""What a rank holds of gradients that are projected where they are made: read off engine/projected.py.
+"""What a rank holds of gradients that are projected where they are made: read off engine/projected.py and sums.py.
 
-A hook has one local gradient at a time, its projection R and the basis; R is added up in an accumulator, whole (long ×
-r) where passes leave gradients local, in the rows of A that a rank computes where they are reduced. Full gradients are
-kept of what is due alone, a wave at a time, until their averaged rows have given new bases, which wait for ``step()``.
+A hook has one local gradient at a time, its projection R and the basis; where bases lie in slices it waits until those
+of a batch are joined. R is added up whole (long × r) where passes leave gradients local, and in the rows of A that a
+rank computes where they are reduced, bucket by bucket. Full gradients are kept of what is due alone, a wave at a time,
+until their averaged rows have given new bases, which stand beside the old ones until ``step()``.
 
-Of Σ over matrices a tensor here is int64 and has one number a rank, N of them.
+A tensor here is int64 and has one number a rank, N of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ds_lowrank.config import LowRankConfig
-from ds_lowrank.engine.batches import batches_of
+from ds_lowrank.engine.batches import STACK_NUMBERS, batches_of
+from ds_lowrank.engine.projected import BUCKET_NUMBERS
 from ds_lowrank.planner.arrangement import Arrangement
 from ds_lowrank.planner.frameworks import Frame, frames
 from ds_lowrank.planner.holdings import Holding
@@ -28,11 +31,9 @@ from ds_lowrank.states.layout import BASIS
 from ds_lowrank.states.rounding import PART
 from ds_lowrank.subspace.project import widened_rows
 
-# Numbers of projections that travel together.
-BUCKET = 1 << 22
 # Bytes that rounding a number to bf16 by its place takes meanwhile, of up to PART numbers at once: int64 indices and
 # what is hashed of them.
-ROUNDING = 48
+ROUNDING = 52
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Projection:
     Attributes:
         whole: accumulators of all matrices, long × r each.
         rows: accumulators of the rows that this rank computes.
-        hook: the largest local gradient, its projection, and what they are made with.
-        wire: buckets on their way.
+        hook: the largest local gradients that are projected at once, and what that takes.
+        wire: buckets on their way, and what fills one.
         wave: full gradients of the matrices that are due together, their averaged rows, and what a refresh takes.
         solver: of that, the workspace of ``eigh``, which is allocated outside torch on a CPU.
         pending: bases that wait for the step.
@@ -91,50 +92,78 @@ def projections(arrangement: Arrangement, setup: Setup, config: LowRankConfig, g
     whole = sum(h.plan.long * h.plan.r for h in held) * one
     rows = sum((h.rows * h.plan.r for h in held), start=nothing) * one
     wave, solver, pending = _waves(held, setup, config, gram_width)
-    wire = _wire(held, setup)
-    hook = max(_hook(h, setup) for h in held)
-    columns = (rows, wire, wave, solver, pending, _step(held, setup))
+    hook = max(map(_hook, _joined(held), itertools.repeat(setup)))
+    columns = (rows, _wire(held, setup), wave, solver, pending, _step(held, setup))
     return [
         Projection(whole, r, hook, w, due, work, kept, step)
         for r, w, due, work, kept, step in zip(*(column.tolist() for column in columns))
     ]
 
 
-def _hook(h: Holding, setup: Setup) -> int:
-    """A local gradient; R, some rows widened, and the basis; R is then added to what is kept."""
-    plan, work, g = h.plan, h.plan.dtype.itemsize, gradient_width(setup)
-    some = min(widened_rows(plan.short), plan.long) * plan.short * work if g != work else 0
-    rounded = ROUNDING * min(PART, plan.long * plan.r) if setup.accumulator_dtype == "bf16" else 0
-    making = some + _decoded(h, setup)
-    return g * plan.long * plan.short + work * plan.long * plan.r + max(making, rounded)
+def sliced(h: Holding) -> bool:
+    """Whether a basis lies in slices, and is joined ahead of each use."""
+    return h.plan.basis_sharded and h.plan.shared
 
 
-def _decoded(h: Holding, setup: Setup) -> int:
-    """A whole basis beside what is kept of it, and on its way there where it lies in slices."""
+def _joined(held: Sequence[Holding]) -> Iterator[list[Holding]]:
+    """What is projected at once: with bases that lie in slices a batch, else one matrix."""
+    batch: list[Holding] = []
+    for h in reversed(held):
+        if not sliced(h):
+            yield [h]
+            continue
+        batch.append(h)
+        if sum((of.plan.long + of.plan.short) * of.plan.r for of in batch) > STACK_NUMBERS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _hook(batch: Sequence[Holding], setup: Setup) -> int:
+    """Local gradients, whole bases, and of one of them R, some rows widened and what rounding takes."""
+    g = gradient_width(setup)
+    gradients = sum(h.plan.long * h.plan.short for h in batch) * g
+    stored = setup.method.states.format(BASIS.name) if setup.method.selection.stored else None
+    raw = sum(stored.bytes(h.plan.short, h.plan.r, h.plan.dtype) for h in batch if sliced(h)) if stored else 0
+    whole = sum(_whole_basis(h, setup) for h in batch)
+    making = max(_product(h, h.plan.long, setup) for h in batch)
+    # Parts are put together and decoded; then the next batch's are on their way while products are made.
+    return gradients + whole + max(2 * raw, raw + making)
+
+
+def _product(h: Holding, rows: int, setup: Setup) -> int:
+    """R of some rows of A, rows of the gradient widened; then its rounding, into what is added up."""
+    plan, work = h.plan, h.plan.dtype.itemsize
+    some = min(widened_rows(plan.short), rows) * plan.short * work if gradient_width(setup) != work else 0
+    rounded = ROUNDING * min(PART, rows * plan.r) if setup.accumulator_dtype == "bf16" else 0
+    return work * rows * plan.r + max(some, rounded)
+
+
+def _whole_basis(h: Holding, setup: Setup) -> int:
+    """A whole basis beside what is kept of it, in what is computed with."""
     plan = h.plan
     numbers = plan.short * plan.r * plan.dtype.itemsize
     if not setup.method.selection.stored:
         return 0 if setup.method.keeps_drawn(setup.device) else numbers
-    stored = setup.method.states.format(BASIS.name)
-    if sliced(h):
-        return numbers + stored.bytes(plan.short, plan.r, plan.dtype)
-    return numbers if stored.name != "fp32" else 0
-
-
-def sliced(h: Holding) -> bool:
-    """Whether no rank keeps all of a basis."""
-    return h.plan.basis_sharded or any(share is None for share in h.plan.shares)
+    return numbers if sliced(h) or setup.method.states.format(BASIS.name).name != "fp32" else 0
 
 
 def _wire(held: Sequence[Holding], setup: Setup) -> Tensor:
-    """A bucket that leaves, what arrives for it and the sum of that; another one is filled meanwhile."""
+    """One bucket leaves and arrives while the next is filled, is packed and leaves."""
     nothing = torch.zeros(setup.ranks, dtype=torch.int64)
     if setup.ranks == 1:
         return nothing
-    numbers = min(BUCKET, sum(h.plan.long * h.plan.r for h in held))
-    largest = max(h.plan.long * h.plan.r for h in held)
-    numbers = max(numbers, largest)
-    return nothing + 3 * numbers * wire_width(setup) + -(-numbers // setup.shards) * held[0].plan.dtype.itemsize
+    largest = bucket = 0
+    for h in reversed(held):
+        bucket += h.plan.long * h.plan.r
+        largest = max(largest, bucket)
+        if bucket > BUCKET_NUMBERS:
+            bucket = 0
+    filled = 0 if setup.local_passes else DTYPES[setup.accumulator_dtype]  # else it is among the accumulators
+    replicas = (setup.copies + 1) * wire_width(setup) if setup.copies > 1 else 0
+    arrived = -(-largest // setup.shards) * (held[0].plan.dtype.itemsize + replicas)
+    return nothing + largest * (4 * wire_width(setup) + filled) + arrived
 
 
 def due_sets(held: Sequence[Holding], config: LowRankConfig) -> Iterator[list[list[Holding]]]:
@@ -161,59 +190,72 @@ def _waves(
     nothing = torch.zeros(setup.ranks, dtype=torch.int64)
     most, solver, pending = nothing, nothing, nothing
     selection, kept = setup.method.selection, setup.method.states
-    first = True
     for waves in due_sets(held, config):
         waiting = nothing
         for wave in waves:
             if selection.stored:
                 for h in wave:
-                    row = kept.row_bytes(h.plan.r, h.plan.dtype)["basis"]
-                    own = h.kept if not sliced(h) or h.plan.basis_sharded else torch.full_like(h.kept, h.plan.short)
-                    waiting = waiting + own * row
+                    waiting = waiting + h.kept * kept.row_bytes(h.plan.r, h.plan.dtype)["basis"]
             due, work = _wave(wave, setup, gram_width)
             higher = due > most
             most, solver = torch.where(higher, due, most), torch.where(higher, work, solver)
-        # At the first step there are no others: they are counted where they stay.
-        pending = pending if first or not selection.periodic else torch.maximum(pending, waiting)
-        first = False
+        pending = torch.maximum(pending, waiting)
+        if not selection.periodic:
+            break  # after the first step nothing is due
     return most, solver, pending
 
 
 def _wave(wave: Sequence[Holding], setup: Setup, gram_width: int) -> tuple[Tensor, Tensor]:
+    """Gradients of matrices that are due, averaged, decomposed and projected."""
     found, solver = refreshing(wave, gram_width, setup.method.selection)
     if setup.method.selection.evidence == "none":
         return found, solver  # bases are drawn ahead of the gradients
-    g = gradient_width(setup)
-    found = found + sum(h.plan.long * h.plan.short for h in wave) * g
-    if setup.ranks > 1:
-        # One matrix after the other leaves and arrives; averaged rows stay.
-        found = found + 2 * max(h.plan.long * h.plan.short for h in wave) * wire_width(setup)
-        for h in wave:
-            found = found + h.rows * (h.plan.short * h.plan.dtype.itemsize)
-    return found, solver
+    numbers = sum(h.plan.long * h.plan.short for h in wave)
+    whole = sum(_whole_basis(h, setup) for h in wave)
+    nothing = torch.zeros_like(found)
+    if setup.ranks == 1:
+        projecting = whole + max(_product(h, h.plan.long, setup) for h in wave)
+        gradients = gradient_width(setup) * numbers
+        return gradients + torch.maximum(found, nothing + projecting), solver * (found >= projecting)
+    wire = wire_width(setup)
+    rows = sum((h.rows * (h.plan.short * h.plan.dtype.itemsize) for h in wave), start=nothing)
+    leaving: Tensor = rows + numbers * (gradient_width(setup) + 2 * wire)
+    if setup.copies > 1:
+        leaving = leaving + (setup.copies + 1) * wire * (rows // wave[0].plan.dtype.itemsize)
+    raw = 0
+    if setup.method.selection.stored:
+        stored = setup.method.states.format(BASIS.name)
+        raw = sum(stored.bytes(h.plan.short, h.plan.r, h.plan.dtype) for h in wave if sliced(h))
+    product = max(_product(h, -(-h.plan.long // setup.shards), setup) for h in wave)
+    after: Tensor = rows + whole + max(2 * raw, product)
+    refreshed = rows + found
+    most = torch.maximum(torch.maximum(leaving, after), refreshed)
+    return most, solver * (most == refreshed)
 
 
 def _step(held: Sequence[Holding], setup: Setup) -> Tensor:
     """What the matrices' step holds: R is read from accumulators, and replicated weights are moved by everybody's N."""
-    nothing = torch.zeros(setup.ranks, dtype=torch.int64)
     method = setup.method
     if setup.ranks == 1 or not setup.replicated:
-        # No gradients are brought where rows are computed; that updates are on their way is counted there.
-        made = temporaries(held, method=method, gram_width=4, device=setup.device)
+        made = temporaries(held, method=method, gram_width=4, device=setup.device, projected=True)
         return torch.tensor(made.step, dtype=torch.int64) + _rounded(held, setup)
+    nothing = torch.zeros(setup.ranks, dtype=torch.int64)
     by_name = {h.plan.name: h for h in held}
     most, wire = nothing, wire_width(setup)
+    left = nothing
     for batch in batches_of(h.plan for h in held):
-        own = nothing
-        given = lift = 0
+        own, given, lift, bases = torch.zeros_like(nothing), 0, 0, 0
         for plan in batch:
             h, work = by_name[plan.name], plan.dtype.itemsize
-            numbers = plan.r * (1 + method.rule.copies) + widened(method.states, plan.r)
-            own = own + h.rows * (numbers * work + plan.r * wire)
+            own = own + h.rows * (plan.r * (1 + method.rule.copies) + widened(method.states, plan.r)) * work
             given += plan.long * plan.r * wire
+            bases += _whole_basis(h, setup)
             some = min(widened_rows(plan.short), plan.long) * plan.short * work if plan.weight_dtype.itemsize < 4 else 0
-            lift = max(lift, _decoded(h, setup) + some + (plan.long * plan.r * work if wire < work else 0))
-        most = torch.maximum(most, own + given + lift)
+            lift = max(lift, some + (plan.long * plan.r * work if wire < work else 0))
+        # Directions of the batch before are lifted when this one's are on their way.
+        most = torch.maximum(most, own + bases + left)
+        left = nothing + bases + given + -(-given // setup.ranks)
+        most = torch.maximum(most, left + given + lift)
     return most + _rounded(held, setup)
 
 

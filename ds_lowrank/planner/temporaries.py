@@ -42,7 +42,13 @@ class Temporaries:
 
 
 def temporaries(
-    held: Sequence[Holding], *, method: Method, gram_width: int, offload: bool = False, device: str = "cuda"
+    held: Sequence[Holding],
+    *,
+    method: Method,
+    gram_width: int,
+    offload: bool = False,
+    device: str = "cuda",
+    projected: bool = False,
 ) -> Temporaries:
     """What stepping matrices, all of one call of ``step()``, holds on every rank.
 
@@ -52,6 +58,7 @@ def temporaries(
         gram_width: bytes of a number of a Gram.
         offload: whether weights, gradients and states lie on the CPU and visit the device one matrix at a time.
         device: on which it is computed.
+        projected: whether R is there already, and no gradient moves.
     """
     new_bases = not method.selection.stored and not method.keeps_drawn(device)
     by_name = {h.plan.name: h for h in held}
@@ -60,7 +67,7 @@ def temporaries(
     batches = [[by_name[p.name] for p in batch] for batch in batches_of(h.plan for h in held)]
     moved = [batch for batch in batches if batch[0].plan.shared]
     alone = (_Batch(batch, method, offload, new_bases) for batch in batches if not batch[0].plan.shared)
-    pipeline = _pipeline([_Batch(batch, method, offload, new_bases) for batch in moved])
+    pipeline = _pipeline([_Batch(batch, method, offload, new_bases) for batch in moved], projected)
     step = _most([pipeline, *(batch.stepping + batch.bases for batch in alone)], nothing)
     refresh = solver = nothing
     for wave in waves_of([h.plan for h in held]):
@@ -135,19 +142,22 @@ def _handed(held: Sequence[Holding], nothing: Tensor) -> Tensor:
     return sizes + (sizes < most) * most + most * len(nothing)
 
 
-def _pipeline(batches: Sequence[_Batch]) -> Tensor:
+def _pipeline(batches: Sequence[_Batch], projected: bool = False) -> Tensor:
     """The most that is alive while batches are stepped one after the other; 0 without any."""
     highest = torch.zeros((), dtype=torch.int64)
     for i, batch in enumerate(batches):
-        coming, before = (batches[i + 1].moving if i + 1 < len(batches) else 0), (batches[i - 1].bases if i else 0)
+        coming = batches[i + 1].moving if i + 1 < len(batches) and not projected else 0
+        before = batches[i - 1].bases if i else 0
         left = batches[i - 1].moving + batches[i - 1].handed if i else 0
         # Bases are there until those of the next batch are joined, which are on their way by then.
         bases = batch.bases + (batches[i + 1].gathered if i + 1 < len(batches) else 0)
+        arriving = 0 if projected else batch.moving
+        there = 0 if projected else batch.buffered
         highest = _most(
             (
-                batch.moving + left + before + batch.gathered,  # its rows are on their way
-                2 * batch.buffered + left + before + batch.gathered,  # and are put together
-                batch.buffered + left + before + batch.gathered + batch.bases,  # its bases are joined
+                arriving + left + before + batch.gathered,  # its rows are on their way
+                2 * there + left + before + batch.gathered,  # and are put together
+                there + left + before + batch.gathered + batch.bases,  # its bases are joined
                 batch.buffered + coming + left + bases + batch.stepping,  # a row block goes as its update comes
                 batch.buffered + batch.moving + coming + left + bases + batch.handed,  # updates leave
             ),

@@ -95,7 +95,7 @@ def our_traffic(model: Model, arrangement: Arrangement, setup: Setup, config: Lo
             flops += 2 * product / here
         else:
             flops += 2 * product / here
-        if plan.shared or (setup.projected and setup.ranks > 1):
+        if plan.shared:
             sent[REFRESHES] += _refresh(plan, setup) / plan.gap if setup.method.selection.periodic else 0
     return Traffic(_kept(sent), flops)
 
@@ -154,7 +154,7 @@ def _projected(plan: MatrixPlan, setup: Setup, config: LowRankConfig, moving: fl
         found[N] = low * share
     else:
         found[ROWS] = moving * plan.dtype.itemsize  # of updates
-    if selection.stored and (plan.basis_sharded or any(s is None for s in plan.shares)):
+    if selection.stored and plan.basis_sharded:
         found[BASES] = _basis_bytes(plan, setup) * share * (setup.accumulation + 1)  # in every pass, and in the step
     return found
 

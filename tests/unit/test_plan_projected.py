@@ -1,4 +1,4 @@
-"""Plans of runs that use gradients in the backward pass: terms by hand, the figures that are promised, what is refused."""
+"""Plans of runs that use gradients in the backward pass: terms by hand, figures that are promised, what is refused."""
 
 from __future__ import annotations
 
@@ -73,13 +73,20 @@ def test_gradients_of_a_wave_by_hand():
     small, large = 2 * 64 * 64, 2 * 64 * 176
     due = {}
     for stagger, wave in itertools.product((True, False), (4, 8)):
-        plan = planned("one", 1, {"stagger": stagger, "wave_size": wave, "basis_dtype": "bf16"}, master="bf16")
+        plan = planned("one", 1, {"stagger": stagger, "wave_size": wave}, master="bf16")
         due[stagger, wave] = plan.ours.moments["wave"]["temporaries"]
     # From the end of a layer: down, up, gate, o, then v, k, q and the next layer's down.
     assert due[False, 8] - due[False, 4] == (4 * large + 4 * small) - (3 * large + small)
-    # All bases of a later step wait where everything is due in it, one wave's where it is not.
+    assert due[True, 8] == due[False, 8]
+
+
+def test_bases_that_wait_by_hand():
+    """From the first pass of the first step on, in which everything is due; also of later ones without a stagger."""
     basis = 2 * 64 * R
-    assert due[False, 8] - due[True, 8] == (28 - 7) * basis
+    for stagger in (True, False):
+        plan = planned("one", 1, {"stagger": stagger, "basis_dtype": "bf16"}, master="bf16", accumulation=2).ours
+        assert plan.moments["resident"]["bases"] == 28 * basis
+        assert plan.moments["forward"]["bases"] == plan.moments["refresh"]["bases"] == 2 * 28 * basis
 
 
 def test_a_selection_that_needs_no_gradient_keeps_none():
