@@ -93,7 +93,11 @@ def measure(layout: str, way: str, rank: int, seq: int, accumulation: int) -> di
             found[f"{when} step: step, peak"] = stepped
             gc.collect()
             found["between steps, all"] = tracker.alive
-    X
+        found.update(resident_bytes(run))
+        low: Any = run.optimizer.state[STATE_KEY]  # type: ignore[index]
+        bases = {n: {k: s[k] for k in s if k in ("basis", "basis_codes", "basis_scale")} for n, s in low.items()}
+        found["between steps: bases"] = state_bytes(bases)
+        run.close()
     del run, model
     gc.collect()
     return found
@@ -149,7 +153,9 @@ def planned_rows(
     """A row a figure: the rank that measures most beside the plan."""
     for size in ranks:
         pool = RankPool(size, timeout=900)
-        for layout in (l for l in layouts if (size == 1) == (l == "one") or (size == 1 and l not in ("one", "ddp"))):
+        for layout in layouts:
+            if (layout == "one" and size > 1) or (layout == "ddp" and size == 1):
+                continue
             for way in ways:
                 if way == "layerwise" and layout in ZERO_STAGE:
                     continue
