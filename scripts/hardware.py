@@ -3,9 +3,9 @@
 python scripts/hardware.py
 
 Of the first table configurations are tried in the order of CANDIDATES, the cheapest first: what costs work done twice,
-then precision of the states, then traffic, then the CPU's memory. Of the second each row is a command of its own, COMMANDS.
-The third asks, for each kind of machine, for the largest model of LLaMA's shape that each optimizer trains in a layout
-that it can be had in. Nothing is run: figures are ``ds-lowrank plan``'s.
+then precision of the states, then traffic, then the CPU's memory. Of the second each row is one of COMMANDS. The third
+asks, for each kind of machine, for the largest model of LLaMA's shape that each optimizer trains. Nothing is run:
+figures are ``ds-lowrank plan``'s.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class MemoryPlan:
         return {
             "model": self.model,
             "weights": self.weights,
-            "setup": vars(self.setup),
+            "setup": dataclasses.asdict(self.setup),
             "lowrank": self.config.to_dict(),
             "optimizers": {
                 name: {

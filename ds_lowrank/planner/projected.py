@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def projections(arrangement: Arrangement, setup: Setup, config: LowRankConfig, g
     whole = sum(h.plan.long * h.plan.r for h in held) * one
     rows = sum((h.rows * h.plan.r for h in held), start=nothing) * one
     wave, solver, pending = _waves(held, setup, config, gram_width)
-    hook = max(map(_hook, _joined(held), itertools.repeat(setup)))
+    hook = max(map(_hook, _joined(held, config.wave_size), itertools.repeat(setup)))
     columns = (rows, _wire(held, setup), wave, solver, pending, _step(held, setup))
     return [
         Projection(whole, r, hook, w, due, work, kept, step)
@@ -105,15 +106,15 @@ def sliced(h: Holding) -> bool:
     return h.plan.basis_sharded and h.plan.shared
 
 
-def _joined(held: Sequence[Holding]) -> Iterator[list[Holding]]:
-    """What is projected at once: with bases that lie in slices a batch, else one matrix."""
+def _joined(held: Sequence[Holding], most: int) -> Iterator[list[Holding]]:
+    """What is projected at once: with bases that lie in slices up to ``most`` matrices, else one."""
     batch: list[Holding] = []
     for h in reversed(held):
         if not sliced(h):
             yield [h]
             continue
         batch.append(h)
-        if sum((of.plan.long + of.plan.short) * of.plan.r for of in batch) > STACK_NUMBERS:
+        if len(batch) == most or sum((of.plan.long + of.plan.short) * of.plan.r for of in batch) > STACK_NUMBERS:
             yield batch
             batch = []
     if batch:
@@ -190,13 +191,17 @@ def _waves(
     nothing = torch.zeros(setup.ranks, dtype=torch.int64)
     most, solver, pending = nothing, nothing, nothing
     selection, kept = setup.method.selection, setup.method.states
+    known: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
     for waves in due_sets(held, config):
         waiting = nothing
         for wave in waves:
             if selection.stored:
                 for h in wave:
                     waiting = waiting + h.kept * kept.row_bytes(h.plan.r, h.plan.dtype)["basis"]
-            due, work = _wave(wave, setup, gram_width)
+            key = tuple(sorted((h.plan.shape, h.plan.r, h.plan.owner) for h in wave))
+            if key not in known:
+                known[key] = _wave(wave, setup, gram_width)
+            due, work = known[key]
             higher = due > most
             most, solver = torch.where(higher, due, most), torch.where(higher, work, solver)
         pending = torch.maximum(pending, waiting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ class Setup:
         """Of a micro-step."""
         return self.seq * self.micro_batch
 
-    @property
+    @cached_property
     def method(self) -> Method:
         """What is computed, and what is kept of it.
 
