@@ -231,8 +231,9 @@ def _fsdp2(model: Model, setup: Setup, reduced: Model) -> Frame:
         gradients=m * sum(share[name] for name in reduced.shapes),
         local=b * reduced.numel if setup.local_passes else 0,
         forward=forward,
-        loss=b * (whole + kept),
-        head=b * (whole + kept) + b * math.prod(model.shapes[tail[-1]]) + (r * whole if embedding else 0)
+        # The backward pass of the loss has the last layer gathered ahead.
+        loss=b * (whole + (kept or widest)),
+        head=b * (whole + (kept or widest)) + b * math.prod(model.shapes[tail[-1]]) + (r * whole if embedding else 0)
         if tail
         else 0,
         backward=backward,

@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ds_lowrank.config import LowRankConfig
 from ds_lowrank.planner.activations import Activations
 from ds_lowrank.planner.arrangement import Arrangement
@@ -24,7 +26,7 @@ from ds_lowrank.planner.projected import (
     framework,
     projections,
 )
-from ds_lowrank.planner.setup import Setup
+from ds_lowrank.planner.setup import DTYPES, Setup
 from ds_lowrank.planner.states import States
 from ds_lowrank.planner.temporaries import temporaries
 from ds_lowrank.states.rounding import PART
@@ -56,7 +58,7 @@ class Passes:
         if not self.setup.projected:
             return _layerwise(self, states)
         held = framework(self.model, self.arrangement, self.setup)
-        made = projections(self.arrangement, self.setup, self.config, self.gram_width)
+        made = projections(self.model, self.arrangement, self.setup, self.config, self.gram_width)
         # Many ranks hold the same.
         known: dict[tuple[int, States, Projection], tuple[dict[str, Terms], int]] = {}
         found = []
@@ -77,18 +79,25 @@ class Passes:
         """Numbers of the first module's parameters, whose gradients come last."""
         return self.model.numel_of(self.model.modules[0]) if self.model.modules else 0
 
-    def highest(self, grows: int, frame: Frame) -> tuple[int, float, int]:
-        """Activations, the share of the layers that are done, and what the framework has by layer: in the layer where
-        their sum is highest.
+    def highest(self, grows: int, frame: Frame, by_depth: Sequence[int] = (), first: int = 0) -> tuple[int, float, int]:
+        """Activations, the share of the layers that are done, and what else goes with the layer, where all that
+        together is highest.
 
         Args:
             grows: bytes that fill up in proportion to that share.
             frame: what the framework has by layer.
+            by_depth: more bytes, by the layers that are done.
+            first: only where so many are done.
         """
         layers = max(len(self.model.layers), 1)
         a = self.alive
         places = (
-            (a.layer - d * a.each, (d + 1) / layers, frame.by_layer.get(layers - 1 - d, 0)) for d in range(layers)
+            (
+                a.layer - d * a.each,
+                (d + 1) / layers,
+                frame.by_layer.get(layers - 1 - d, 0) + (by_depth[d] if by_depth else 0),
+            )
+            for d in range(min(first, layers - 1), layers)
         )
         return max(places, key=lambda at: at[0] + int(grows * at[1]) + at[2])
 
@@ -122,15 +131,18 @@ def _projected(run: Passes, frame: Frame, kept: States, made: Projection) -> tup
     base = base_terms(frame, kept)
     several, local = setup.accumulation > 1, setup.local_passes or setup.ranks == 1
     full = made.whole if local else made.rows
-    before = full if several else 0
+    # Where passes are local a step in which all are due has rows of the first beside whole sums of the others.
+    before = full + (made.rows if setup.local_passes and setup.ranks > 1 else 0) if several else 0
     rest = max(frame.gradients, frame.local)
     rest_before = rest if several or frame.gradients_stay else 0
     # The embedding's comes at the end; of flat buffers all are there.
     alike = setup.kind.startswith("zero") or several
     coming = rest if alike else rest - min(rest, rest * run.first // max(run.rest.numel, 1))
-    at_end = made.whole if setup.ranks == 1 or (setup.local_passes and several) else made.rows
+    at_the_end = frame.gradients if setup.kind == "fsdp2" else coming
+    if setup.kind == "fsdp2" and setup.units == "layers" and not several:  # the root's wait for the embedding's
+        coming = setup.width * max(run.rest.numel - run.first, 0)
+    at_end = made.whole if setup.ranks == 1 else made.rows if several else 0
 
-    sending = made.wire if setup.ranks > 1 else 0
     # Of the first step, in which everything is due, all bases stand beside the old ones from its first pass on.
     waiting = made.pending if several else 0
     passing = {**base, "gradients": rest_before, "accumulators": before, "bases": kept.bases + waiting}
@@ -139,7 +151,7 @@ def _projected(run: Passes, frame: Frame, kept: States, made: Projection) -> tup
     def in_layer(more: int, first: bool) -> Terms:
         fills = 0 if several and not first else full
         bases = made.pending if first else 0
-        act, share, beside = run.highest(fills + bases, frame)
+        act, share, beside = run.highest(fills + bases, frame, () if first else made.wire, made.first if first else 0)
         return {
             **reduced,
             "bases": kept.bases + (int(bases * share) if first else waiting),
@@ -154,22 +166,36 @@ def _projected(run: Passes, frame: Frame, kept: States, made: Projection) -> tup
         "forward": {**passing, "activations": a.forward, "temporaries": frame.forward},
         "loss": {**passing, "activations": a.loss, "temporaries": frame.loss},
         "head": {**passing, "activations": a.head, "temporaries": frame.head},
-        "layer": in_layer(made.hook + sending, first=False),
+        "layer": in_layer(made.hook, first=False),
         "wave": in_layer(made.wave, first=True),
         "embedding": {
             **reduced,
-            "gradients": coming,
+            "gradients": at_the_end,
             "accumulators": at_end,
             "activations": a.embedding,
-            "temporaries": frame.embedding + sending,
+            "temporaries": frame.embedding + made.wire[-1],
         },
         "norm": {**base, "gradients": frame.gradients, "accumulators": made.rows, "temporaries": frame.norm},
     }
+    # What is not projected steps first, while the last buckets are on their way; rows of earlier passes are there.
     copies = [(0, 0), *frame.copies.values()]
-    step = max(made.step, rest_step(run) + max(during for _, during in copies), *(start for start, _ in copies))
-    after = {**base, "gradients": frame.gradients, "accumulators": made.rows}
-    moments["step"] = {**after, "temporaries": step}
-    moments["refresh"] = {**after, "bases": kept.bases + made.pending, "temporaries": step}
+    rest_steps = max(rest_step(run) + max(during for _, during in copies), *(start for start, _ in copies))
+    after = {**base, "gradients": frame.gradients}
+    some = made.rows if several and not setup.local_passes else 0
+
+    def stepping(bases: int, rows: int, flying: int) -> Terms:
+        rest_first = rows + flying + rest_steps > made.rows + made.step
+        return {
+            **after,
+            "bases": kept.bases + bases,
+            "accumulators": rows if rest_first else made.rows,
+            "temporaries": flying + rest_steps if rest_first else made.step,
+        }
+
+    alone = setup.ranks == 1
+    moments["step"] = stepping(0, made.rows if alone else some, made.wire[-1])
+    # Of one pass nothing is on its way where all were due.
+    moments["refresh"] = stepping(made.pending, made.rows, made.wire[-1] if several else 0)
     return moments, made.solver
 
 
@@ -196,41 +222,63 @@ def _layerwise(run: Passes, states: Sequence[States]) -> list[tuple[dict[str, Te
 
 def _layerwise_moments(run: Passes, frame: Frame, kept: States, made: tuple[int, ...]) -> tuple[dict[str, Terms], int]:
     setup, a = run.setup, run.alive
-    alone, together, solver = made
+    alone, together, rows, solver = made
     base = base_terms(frame, kept)
-    m = setup.master_width
-    several = setup.accumulation > 1
-    # Everything is due at the first step, and what is due adds up in full.
-    held = m * run.model.numel // (setup.shards if setup.kind == "fsdp2" else 1) if several else frame.gradients
-    passing = {**base, "gradients": held if several else 0, "buckets": frame.buckets}
-    reduced = {**passing, "gradients": held}
+    several, sharded = setup.accumulation > 1, setup.kind == "fsdp2"
+    # With accumulation everything is due at the first step, and what is due adds up in full. Under FSDP2 the gradients
+    # of norms keep those of their whole unit alive, which are one storage.
+    summed = setup.master_width * -(-run.model.numel // setup.shards) if several else 0
+    usually = (summed if sharded else setup.master_width * run.rest.numel) if several else frame.gradients
+    accumulators = rows if several else 0
+    most = summed + accumulators if sharded else max(summed, usually + accumulators)
+    before = {**base, "gradients": most if several else 0, "buckets": frame.buckets}
+    rest = max(run.rest.numel, 1)
+    coming = frame.gradients - (frame.gradients * run.first // rest if setup.kind == "ddp" else 0)
+    during = {**before, "gradients": most if several else coming}
+    top = 0 if several or setup.kind == "ddp" else rest_step(run)
     act, _, beside = run.highest(0, frame)
-    top = 0 if setup.kind == "ddp" else rest_step(run)
-    inside = {**reduced, "activations": act}
+    logits = 0 if run.model.decoder is None else setup.width * setup.tokens * run.model.decoder.vocabulary
+    # The head steps when its gradient has come, and the loss' has gone; under FSDP2 when its unit is reduced.
+    head = max(a.head, a.head - logits + (0 if sharded and setup.units == "layers" else top))
+    root, copied = 0, 0
+    if sharded:
+        root = setup.master_width * -(-run.rest.numel // setup.shards)
+        gloo = setup.device == "cpu" and setup.ranks > 1
+        copied = DTYPES[setup.communication_dtype] * run.rest.numel if gloo else 0
+    end = {**during, "gradients": during["gradients"] if several else max(root, coming)}
     moments = {
         "resident": base,
-        "forward": {**passing, "activations": a.forward, "temporaries": frame.forward},
-        "loss": {**passing, "activations": a.loss, "temporaries": frame.loss},
-        "head": {**passing, "activations": a.head, "temporaries": frame.head + (0 if several else top)},
-        "layer": {**inside, "temporaries": frame.backward + beside + (0 if several else alone)},
-        "wave": {**inside, "temporaries": frame.backward + beside + (0 if several else together)},
+        "forward": {**before, "activations": a.forward, "temporaries": frame.forward},
+        "loss": {**before, "activations": a.loss, "temporaries": frame.loss},
+        "head": {**before, "activations": head, "temporaries": frame.head},
+        "layer": {**during, "activations": act, "temporaries": frame.backward + beside + alone},
+        "wave": {**during, "activations": act, "temporaries": frame.backward + beside + together},
         "embedding": {
-            **reduced,
+            **end,
             "activations": a.embedding,
-            "temporaries": frame.embedding + (0 if several else top),
+            "temporaries": frame.embedding + max(0, top - copied),
         },
-        "norm": reduced,
-        "step": {**reduced, "temporaries": max(rest_step(run), alone) if several else rest_step(run)},
-        "refresh": {**reduced, "temporaries": max(rest_step(run), together) if several else rest_step(run)},
+        "norm": {**base, "gradients": most if several else frame.gradients if setup.kind == "ddp" else 0},
     }
+    stepping = {**base, "gradients": usually, "accumulators": accumulators}
+    if not several:
+        # What DDP averages steps when it is asked to; all else has stepped.
+        done = {**base, "gradients": frame.gradients} if setup.kind == "ddp" else base
+        moments["step"] = moments["refresh"] = {**done, "temporaries": rest_step(run) if setup.kind == "ddp" else 0}
+    else:
+        moments["step"] = {**stepping, "temporaries": max(rest_step(run), alone)}
+        moments["refresh"] = {**base, "gradients": summed, "temporaries": max(rest_step(run), together)}
     return moments, solver
 
 
-def _steps(run: Passes) -> tuple[list[int], list[int], list[int]]:
-    """With its gradient, the largest step of one matrix; of a wave; and the solver's workspace in that."""
+def _steps(run: Passes) -> tuple[list[int], list[int], list[int], list[int]]:
+    """With its gradient, the largest step of one matrix; of a wave; sums of R; and the solver's workspace in a wave."""
     setup, config = run.setup, run.config
     g = 0 if setup.accumulation > 1 else setup.master_width  # all gradients are counted where they add up
     alone = together = solver = [0] * setup.ranks
+    nothing = torch.zeros(setup.ranks, dtype=torch.int64)
+    matrices = run.arrangement.holdings
+    rows = sum((h.rows * h.plan.r * h.plan.dtype.itemsize for h in matrices), start=nothing).tolist()
 
     def made(held: Sequence[Holding]) -> tuple[list[int], list[int], list[int]]:
         of = [dataclasses.replace(h, plan=dataclasses.replace(h.plan, wave=0, gap=1)) for h in held]
@@ -250,7 +298,7 @@ def _steps(run: Passes) -> tuple[list[int], list[int], list[int]]:
             higher = refresh[0] > together[0]
             together, solver = ([refresh[0]], [work[0]]) if higher else (together, solver)
     if setup.ranks == 1:
-        return alone, [max(together[0], alone[0])], solver
+        return alone, [max(together[0], alone[0])], rows, solver
     seen = set()
     for waves in due_sets(run.arrangement.holdings, config):
         for wave in waves:
@@ -260,4 +308,4 @@ def _steps(run: Passes) -> tuple[list[int], list[int], list[int]]:
                 _, refresh, work = made(wave)
                 solver = [w if y > x else s for x, y, s, w in zip(together, refresh, solver, work)]
                 together = [max(x, y) for x, y in zip(together, refresh)]
-    return alone, together, solver
+    return alone, together, rows, solver

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,8 @@ class Projection:
         whole: accumulators of all matrices, long × r each.
         rows: accumulators of the rows that this rank computes.
         hook: the largest local gradients that are projected at once, and what that takes.
-        wire: buckets on their way, and what fills one.
+        wire: by layers that the last pass has done, buckets on their way and what fills one.
+        first: layers that are done when the first wave of a first step is there.
         wave: full gradients of the matrices that are due together, their averaged rows, and what a refresh takes.
         solver: of that, the workspace of ``eigh``, which is allocated outside torch on a CPU.
         pending: bases that wait for the step.
@@ -55,7 +56,8 @@ class Projection:
     whole: int
     rows: int
     hook: int
-    wire: int
+    wire: tuple[int, ...]
+    first: int
     wave: int
     solver: int
     pending: int
@@ -83,21 +85,29 @@ def framework(model: Model, arrangement: Arrangement, setup: Setup) -> list[Fram
     return frames(model, arrangement, setup, rest)
 
 
-def projections(arrangement: Arrangement, setup: Setup, config: LowRankConfig, gram_width: int) -> list[Projection]:
+def projections(
+    model: Model, arrangement: Arrangement, setup: Setup, config: LowRankConfig, gram_width: int
+) -> list[Projection]:
     """Of every rank."""
     held = arrangement.holdings
     if not held:
-        return [Projection(0, 0, 0, 0, 0, 0, 0, 0)] * setup.ranks
+        return [Projection(0, 0, 0, (0,) * (len(model.layers) + 2), 0, 0, 0, 0, 0)] * setup.ranks
     nothing = torch.zeros(setup.ranks, dtype=torch.int64)
     one = DTYPES[setup.accumulator_dtype]
     whole = sum(h.plan.long * h.plan.r for h in held) * one
     rows = sum((h.rows * h.plan.r for h in held), start=nothing) * one
     wave, solver, pending = _waves(held, setup, config, gram_width)
     hook = max(map(_hook, _joined(held, config.wave_size), itertools.repeat(setup)))
-    columns = (rows, _wire(held, setup), wave, solver, pending, _step(held, setup))
+    layer_of = {name: index for index, layer in enumerate(model.layers) for name in layer}
+    wire = _wire(held, layer_of, max(len(model.layers), 1), setup)
+    # The gradients of a wave are there with the last of them; what needs none has its bases ahead of the pass.
+    last = list(reversed(held))[: config.wave_size][-1].plan.parameter
+    late = setup.method.selection.evidence != "none" and last in layer_of
+    first = len(model.layers) - 1 - layer_of[last] if late else 0
+    columns = (rows, wave, solver, pending, _step(held, setup))
     return [
-        Projection(whole, r, hook, w, due, work, kept, step)
-        for r, w, due, work, kept, step in zip(*(column.tolist() for column in columns))
+        Projection(whole, r, hook, wire, first, due, work, kept, step)
+        for r, due, work, kept, step in zip(*(column.tolist() for column in columns))
     ]
 
 
@@ -150,21 +160,30 @@ def _whole_basis(h: Holding, setup: Setup) -> int:
     return numbers if sliced(h) or setup.method.states.format(BASIS.name).name != "fp32" else 0
 
 
-def _wire(held: Sequence[Holding], setup: Setup) -> Tensor:
-    """One bucket leaves and arrives while the next is filled, is packed and leaves."""
-    nothing = torch.zeros(setup.ranks, dtype=torch.int64)
+def _wire(held: Sequence[Holding], layer_of: Mapping[str, int], layers: int, setup: Setup) -> tuple[int, ...]:
+    """By layers done, what is on its way in the last pass: a bucket is filled, leaves, and arrives when two have left
+    behind it.
+    """
+    most = [0] * (layers + 1)
     if setup.ranks == 1:
-        return nothing
-    largest = bucket = 0
-    for h in reversed(held):
-        bucket += h.plan.long * h.plan.r
-        largest = max(largest, bucket)
-        if bucket > BUCKET_NUMBERS:
-            bucket = 0
-    filled = 0 if setup.local_passes else DTYPES[setup.accumulator_dtype]  # else it is among the accumulators
-    replicas = (setup.copies + 1) * wire_width(setup) if setup.copies > 1 else 0
-    arrived = -(-largest // setup.shards) * (held[0].plan.dtype.itemsize + replicas)
-    return nothing + largest * (4 * wire_width(setup) + filled) + arrived
+        return tuple(most)
+    wire, work = wire_width(setup), held[0].plan.dtype.itemsize
+    one = 0 if setup.local_passes else DTYPES[setup.accumulator_dtype]  # else they are among the accumulators
+    replicas = (setup.copies + 1) * wire if setup.copies > 1 else 0
+    filled = 0
+    flying: list[int] = []  # numbers of buckets that have left
+    done = 0
+    for k, h in enumerate(reversed(held)):
+        done = max(done, layers - 1 - layer_of.get(h.plan.parameter, 0))
+        filled += h.plan.long * h.plan.r
+        now = one * filled + 2 * wire * sum(flying)
+        if filled > BUCKET_NUMBERS or k == len(held) - 1:
+            arriving = sum(flying[:-1])
+            now += max(-(-arriving // setup.shards) * (work + replicas), 2 * wire * filled)
+            flying, filled = [*flying[-1:], filled], 0
+        most[done] = max(most[done], now)
+    most[layers] = 2 * wire * sum(flying)  # it arrives in the step, where the norm is asked for or matrices step
+    return tuple(most)
 
 
 def due_sets(held: Sequence[Holding], config: LowRankConfig) -> Iterator[list[list[Holding]]]:
@@ -224,7 +243,8 @@ def _wave(wave: Sequence[Holding], setup: Setup, gram_width: int) -> tuple[Tenso
         return gradients + torch.maximum(found, nothing + projecting), solver * (found >= projecting)
     wire = wire_width(setup)
     rows = sum((h.rows * (h.plan.short * h.plan.dtype.itemsize) for h in wave), start=nothing)
-    leaving: Tensor = rows + numbers * (gradient_width(setup) + 2 * wire)
+    # Packed and on their way; then what has arrived is added up.
+    leaving: Tensor = numbers * (gradient_width(setup) + wire) + rows.clamp(min=numbers * wire)
     if setup.copies > 1:
         leaving = leaving + (setup.copies + 1) * wire * (rows // wave[0].plan.dtype.itemsize)
     raw = 0
