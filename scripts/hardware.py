@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,10 +240,10 @@ def largest(what: str, ranks: int, memory: int) -> int:
     return _model(low * STEP).numel if low else 0
 
 
-def largest_rows() -> list[str]:
-    """Lines of the third table."""
+def largest_rows(machines: Sequence[tuple[int, int]] = LARGEST) -> list[str]:
+    """Lines of the third table, of GPUs x GiB."""
     found = []
-    for ranks, memory in LARGEST:
+    for ranks, memory in machines:
         cells = []
         for what in COLUMNS:
             if what == GALORE and ranks > 1:

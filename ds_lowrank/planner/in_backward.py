@@ -121,7 +121,12 @@ def rest_step(run: Passes) -> int:
     weights = "fp32" if masters else setup.master
     numels = [math.prod(shape) for shape in run.rest.shapes.values()]
     largest = -(-max(numels, default=0) // (1 if setup.replicated and not masters else setup.shards))
-    a_number = {"fp32": 0, "bf16": 16, "int8": 16} if weights == "fp32" else {"fp32": 4, "bf16": 12, "int8": 16}
+    # Measured: with a part behind another one a part's numbers are alive while the next one's are made.
+    parts = largest > _PART
+    if weights == "fp32":
+        a_number = {"fp32": 0, "bf16": 16 if parts else 8, "int8": 16 if parts else 12}
+    else:
+        a_number = {"fp32": 6, "bf16": 13, "int8": 17 if parts else 13}
     rounded = ROUNDING * min(PART, largest) if weights == "bf16" else 0
     return a_number[setup.state_dtype] * min(_PART, largest) + rounded
 
@@ -227,7 +232,8 @@ def _layerwise_moments(run: Passes, frame: Frame, kept: States, made: tuple[int,
     several, sharded = setup.accumulation > 1, setup.kind == "fsdp2"
     # With accumulation everything is due at the first step, and what is due adds up in full. Under FSDP2 the gradients
     # of norms keep those of their whole unit alive, which are one storage.
-    summed = setup.master_width * -(-run.model.numel // setup.shards) if several else 0
+    shards = setup.shards if sharded else 1
+    summed = setup.master_width * -(-run.model.numel // shards) if several else 0
     usually = (summed if sharded else setup.master_width * run.rest.numel) if several else frame.gradients
     accumulators = rows if several else 0
     most = summed + accumulators if sharded else max(summed, usually + accumulators)
@@ -245,7 +251,8 @@ def _layerwise_moments(run: Passes, frame: Frame, kept: States, made: tuple[int,
         root = setup.master_width * -(-run.rest.numel // setup.shards)
         gloo = setup.device == "cpu" and setup.ranks > 1
         copied = DTYPES[setup.communication_dtype] * run.rest.numel if gloo else 0
-    end = {**during, "gradients": during["gradients"] if several else max(root, coming)}
+    # The last pass' are added to those that are there.
+    end = {**during, "gradients": most + root if several else max(root, coming)}
     moments = {
         "resident": base,
         "forward": {**before, "activations": a.forward, "temporaries": frame.forward},

@@ -1,4 +1,4 @@
-"""What a rank holds of gradients that are projected where they are made: read off engine/projected.py and sums.py.
+"""What a rank holds of gradients that are projected where they are made, as engine/projected.py and engine/sums.py do.
 
 A hook has one local gradient at a time, its projection R and the basis; where bases lie in slices it waits until those
 of a batch are joined. R is added up whole (long × r) where passes leave gradients local, and in the rows of A that a
