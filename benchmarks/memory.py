@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py --json out.json
     python benchmarks/memory.py --planned --json out.json      # the planner beside measured bytes and peaks
+    python benchmarks/memory.py --planned --gradients projected layerwise --json out.json
 
 LLaMA-60M under every layout on 1, 2 and 4 gloo ranks, after a step: ``share`` is the rank's part of the total over
 ranks, ``of_even_part`` what it holds over an N-th of what one rank alone holds; under 1.05 means that the state is
@@ -33,11 +34,24 @@ FORMATS = (("fp32", "fp32"), ("bf16", "bf16"), ("int8", "bf16"), ("int8", "int8"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS)
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=("one", "zero1", *LAYOUTS))
     parser.add_argument("--rank", type=int, default=128, help="r of LLaMA-60M")
     parser.add_argument("--planned", action="store_true", help="the planner beside what is measured, see planned.py")
+    parser.add_argument(
+        "--gradients", nargs="+", choices=("projected", "layerwise"), help="with --planned: in the place of full ones"
+    )
+    parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 4], help="of these")
     json_argument(parser)
     args = parser.parse_args()
+    if args.planned and args.gradients:
+        import planned_projected
+
+        layouts = tuple(args.layouts) if args.layouts != LAYOUTS else planned_projected.LAYOUTS
+        rows = list(
+            planned_projected.planned_rows(args.ranks, layouts, args.gradients, args.accumulation, rank=args.rank)
+        )
+        show(rows, "Memory of LLaMA-60M in bf16 without a master, planned and measured, in bytes", args.json)
+        return
     if args.planned:
         from planned import planned_rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 
@@ -70,6 +71,24 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--state_dtype", choices=("fp32", "bf16", "int8"), help="of moments; default: the lowrank block's, or fp32"
     )
     parser.add_argument("--basis_dtype", choices=("fp32", "bf16", "int8", "int4"), help="default: as above")
+    parser.add_argument(
+        "--gradients", choices=("full", "projected"), help="what is kept and sent of them; default: as above, or full"
+    )
+    parser.add_argument(
+        "--accumulator_dtype", choices=("fp32", "bf16"), help="of projected gradients; default: as above"
+    )
+    parser.add_argument("--layerwise", action="store_true", default=None, help="step in the backward pass")
+    parser.add_argument("--lowrank_config", help="JSON with a lowrank block, for DDP and one process")
+    parser.add_argument("--copies", type=int, help="of the model, HSDP: FSDP2 shards it among gpus / copies")
+    parser.add_argument(
+        "--sync_each_batch",
+        action="store_true",
+        help="FSDP2 reduces gradients in every micro-step, as accelerate's option of that name makes it",
+    )
+    parser.add_argument("--network", type=float, help="Gb/s of a rank, for seconds of what is sent")
+    parser.add_argument(
+        "--tflops", type=float, help="TFLOP/s of the device in products of fp32 (TF32), for seconds of projecting"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
 
 
@@ -88,16 +107,32 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from ds_lowrank.planner import advise, check_gpu_memory, plan_memory, print_plan, read_model
+    from ds_lowrank.planner import (
+        advise,
+        check_gpu_memory,
+        compare,
+        others_of,
+        plan_memory,
+        print_plan,
+        print_wire,
+        read_model,
+        verdict,
+    )
 
     check_gpu_memory(args.gpu_memory, args.margin)
+    for flag in ("network", "tflops"):
+        rate = getattr(args, flag)
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise ValueError(f"{flag} must be a number above 0, got {rate}")
+    options = ("rule", "selection", "gradients", "accumulator_dtype", "layerwise")
     plan = plan_memory(
         args.model_config,
         args.gpus,
         deepspeed=args.deepspeed,
         fsdp_config=args.fsdp_config,
+        lowrank_config=args.lowrank_config,
         rank=args.rank,
-        lowrank={name: value for name in ("rule", "selection") if (value := getattr(args, name)) is not None},
+        lowrank={name: value for name in options if (value := getattr(args, name)) is not None},
         seq=args.seq,
         micro_batch=args.micro_batch,
         accumulation=args.accumulation,
@@ -106,15 +141,25 @@ def _plan(args: argparse.Namespace) -> int:
         master=args.master_dtype,
         state_dtype=args.state_dtype,
         basis_dtype=args.basis_dtype,
+        copies=args.copies,
+        no_sync=False if args.sync_each_batch else None,
     )
-    advice = advise(read_model(args.model_config), plan.config, plan.setup, args.gpu_memory, args.margin)
+    model = read_model(args.model_config)
+    advice = advise(model, plan.config, plan.setup, args.gpu_memory, args.margin)
+    others, found = others_of(model, plan), compare(model, plan)
+    says = verdict(found, args.gpu_memory, args.margin, args.network, args.tflops)
     if args.json:
         facts = plan.to_dict()
         facts["fits"] = plan.fits(args.gpu_memory, margin=args.margin)
         facts["advice"] = [{"changes": a.changes, "peak": a.plan.ours.peak} for a in advice]
+        facts["others"] = {o.name: {"layout": o.layout, "peak": o.memory.peak} for o in others}
+        facts["step"] = found.to_dict()
+        facts["verdict"] = says
         print(json.dumps(facts, indent=2))
     else:
-        print_plan(plan, args.gpu_memory, args.margin, advice)
+        print_plan(plan, args.gpu_memory, args.margin, advice, others=others)
+        print_wire(found, args.network, args.tflops)
+        print(says)
     return 0
 
 

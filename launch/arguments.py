@@ -27,6 +27,7 @@ from ds_lowrank.registry import import_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN_DTYPES = ("uint16", "uint32", "int32")
+WEIGHT_DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("lowrank", "adamw", "frozen")
 # Peak learning rates of the default run, tuned for each by benchmarks/first_run.py.
 LEARNING_RATES = {"lowrank": 0.005, "adamw": 0.002, "frozen": 0.005}
@@ -65,6 +66,12 @@ class ModelArguments:
     )
     attn_implementation: str | None = HfArg(
         default=None, help="sdpa, flash_attention_2, eager, ...; default: what transformers takes for the model"
+    )
+    dtype: str = HfArg(
+        default="float32",
+        help="of the weights: float32, or bfloat16 without an fp32 master copy, which wants --stochastic_rounding true "
+        "(one process, DDP, FSDP2; DeepSpeed's file says it there)",
+        metadata={"choices": WEIGHT_DTYPES},
     )
 
     def __post_init__(self) -> None:
@@ -153,6 +160,9 @@ class DataArguments:
 class LowRankArguments:
     """Overrides of the ``"lowrank"`` block of the DeepSpeed or FSDP file; unset ones leave the block as it is."""
 
+    lowrank_config: str | None = HfArg(
+        default=None, help="JSON file with a lowrank block, for one process and DDP; the others' files have one"
+    )
     rank: int | None = HfArg(
         default=None,
         help="rank of the projected weights; default: the block's, else a quarter of the model's hidden size",
@@ -191,6 +201,10 @@ class LowRankArguments:
     layerwise: bool | None = HfArg(
         default=None, help="step in the backward pass and free each gradient at once; needs --grad_clipping 0"
     )
+    gradients: str | None = HfArg(
+        default=None, help="full, or projected: project every gradient in the backward pass and free it"
+    )
+    accumulator_dtype: str | None = HfArg(default=None, help="in which projected gradients are added up: fp32 or bf16")
 
     gradients: str | None = HfArg(
         default=None,
@@ -204,7 +218,8 @@ class LowRankArguments:
     def options(self, block: dict[str, Any], targets: list[str] | None) -> dict[str, Any]:
         """``block`` with the options and target modules that were given over it."""
         import_methods(self.methods or ())
-        given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None and f.name != "methods"}
+        known = (f.name for f in fields(self) if f.name not in ("methods", "lowrank_config"))
+        given = {name: value for name in known if (value := getattr(self, name)) is not None}
         for name in ("rule_options", "selection_options"):
             if isinstance(given.get(name), str):
                 try:
@@ -409,6 +424,8 @@ def parse_arguments(
 
     model, data = make(ModelArguments), make(DataArguments)
     options = _low_rank_options(make(LowRankArguments), values)
+    if model.dtype == "bfloat16":
+        _compute_plainly(values)
     # Last, because it starts the process group.
     training = make(PretrainArguments)
     if training.optimizer == "adamw" and (ignored := make(LowRankArguments).options({}, None)):
@@ -428,9 +445,25 @@ def parse_arguments(
     return model, data, options, training
 
 
+def _compute_plainly(values: dict[str, Any]) -> None:
+    """Leave mixed precision out: accelerate makes bf16 weights fp32 for it.
+
+    Raises:
+        ValueError: it is asked for, or DeepSpeed's file says what the weights are.
+    """
+    if values["deepspeed"]:
+        raise ValueError(
+            "--dtype bfloat16 is for one process, DDP and FSDP2: leave it out, and set bf16_master_weights_and_grads "
+            "in DeepSpeed's file"
+        )
+    if values["bf16"]:
+        raise ValueError("--bf16 keeps an fp32 master copy beside --dtype bfloat16, which has none: leave --bf16 out")
+    values["bf16"] = False
+
+
 def _low_rank_options(args: LowRankArguments, values: dict[str, Any]) -> dict[str, Any]:
     """Block and flags together, checked as far as they can be without the model."""
-    block = read_config(values["deepspeed"], values["fsdp_config"]).get("lowrank", {})
+    block = read_config(values["deepspeed"], values["fsdp_config"], args.lowrank_config).get("lowrank", {})
     options = args.options(block, values["optim_target_modules"])
     ds_lowrank.LowRankConfig.from_dict(options)
     return options

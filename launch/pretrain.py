@@ -21,11 +21,14 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from arguments import DataArguments, ModelArguments, PretrainArguments, parse_arguments
 from data import Collator, PackedData, load_data
@@ -135,10 +138,22 @@ def build_model(
     config.max_position_embeddings = max(config.max_position_embeddings, data_args.max_length)
     transformers.set_seed(seed)  # the same weights on every rank
     chosen = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
-    model = AutoModelForCausalLM.from_config(config, **chosen)
+    with _default_dtype(getattr(torch, model_args.dtype)):
+        model = AutoModelForCausalLM.from_config(config, **chosen)
     if is_deepspeed_zero3_enabled():
         _initialise_as_elsewhere(model, config, seed)
     return model
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make weights in ``dtype``: converted afterwards they would be there twice, and rotary frequencies be rounded."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _initialise_as_elsewhere(model: PreTrainedModel, config: PretrainedConfig, seed: int) -> None:

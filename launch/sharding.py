@@ -14,6 +14,7 @@ import torch
 from transformers import Trainer
 
 import ds_lowrank
+from ds_lowrank.config import load_json
 from ds_lowrank.integrations.fsdp import check_fsdp_config
 from ds_lowrank.integrations.transformers import check_trainer as check_chosen
 from ds_lowrank.integrations.transformers import wants_fsdp
@@ -24,13 +25,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def read_config(deepspeed: str | None, fsdp_config: str | None) -> dict[str, Any]:
+def read_config(deepspeed: str | None, fsdp_config: str | None, lowrank_config: str | None = None) -> dict[str, Any]:
     """Content of the one configuration file of a run, checked; empty without one.
 
     Raises:
-        ValueError: both are given, or a setting is not supported.
+        ValueError: several are given, or a setting is not supported.
         FileNotFoundError: no such file.
     """
+    if lowrank_config is not None:
+        if deepspeed is not None or fsdp_config is not None:
+            raise ValueError("--lowrank_config is for one process and DDP: the other file has a lowrank block itself")
+        return load_json(lowrank_config)
     if deepspeed is not None and fsdp_config is not None:
         raise ValueError("--deepspeed and --fsdp_config exclude each other: give one of them")
     if fsdp_config is not None:

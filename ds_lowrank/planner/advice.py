@@ -44,11 +44,11 @@ def advise(model: Model, config: LowRankConfig, setup: Setup, gpu_memory: float,
         ValueError: see :func:`ds_lowrank.planner.memory.check_gpu_memory`.
     """
     check_gpu_memory(gpu_memory, margin)
-    arrangements: dict[tuple[str, int, str, int], Arrangement] = {}
+    arrangements: dict[tuple[object, ...], Arrangement] = {}
 
     @functools.cache  # changes are tried one by one, and then together
     def planned(run: Setup) -> MemoryPlan:
-        cut = (run.kind, run.ranks, run.master, run.sub_group)
+        cut = (run.kind, run.ranks, run.copies, run.master, run.dtype, run.gradients, run.sub_group)
         if cut not in arrangements:
             arrangements[cut] = arrange(model, config, run)
         return plan_setup(model, config, run, arrangements[cut])
@@ -78,6 +78,8 @@ def _changes() -> Iterator[tuple[str, Callable[[Setup], Setup | None]]]:
     yield "activation checkpointing", lambda s: None if s.checkpointing else s.replace(checkpointing=True)
     yield f"reduce_bucket_size {_SMALL_BUCKET:,}", _smaller_buckets
     yield "int8 states and bf16 bases", _narrow
+    yield "gradients projected, added up in bf16", _projected
+    yield "sync_each_batch", lambda s: s.replace(no_sync=False) if s.kind == "fsdp2" and s.local_passes else None
     yield "ZeRO-3", lambda s: s.replace(kind="zero3", overlap=True) if s.kind in ("zero1", "zero2") else None
     yield "FSDP2", lambda s: s.replace(kind="fsdp2") if s.kind == "ddp" else None
     yield "offload_optimizer to the CPU", _offload
@@ -103,6 +105,15 @@ def _narrow(setup: Setup) -> Setup | None:
         )
     except ValueError:
         return None  # a selection whose bases have to be precise
+
+
+def _projected(setup: Setup) -> Setup | None:
+    if setup.projected:
+        return None
+    try:
+        return setup.replace(gradients="projected", accumulator_dtype="bf16", layerwise=False)
+    except ValueError:
+        return None  # a rule that reads gradients, or offload
 
 
 def _offload(setup: Setup) -> Setup | None:

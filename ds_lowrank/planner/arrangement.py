@@ -73,20 +73,28 @@ def arrange(model: Model, config: LowRankConfig, setup: Setup) -> Arrangement:
             if group.get("rank") is not None
             for spec in make_specs(index, group, shapes, config)
         ]
-    unit = _units(groups, setup)
+    projected = {spec.parameter for spec in specs}
+    matrices: list[dict[str, Shape]] = []
+    if setup.projected and setup.kind.startswith("zero"):  # DeepSpeed is not given them
+        matrices = [{n: s for n, s in group.items() if n in projected} for group in groups]
+        groups = [rest for g in groups if (rest := {n: s for n, s in g.items() if n not in projected})]
+    unit = {**dict.fromkeys(projected, 0), **_units(groups, setup)}
     pieces = _pieces(groups, setup)
-    weights = torch.bfloat16 if setup.master == "bf16" else torch.float32
+    for of_rank, apart in zip(pieces, _pieces(matrices, setup, setup.replicated)):
+        of_rank.update(apart)
+    weights = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(setup.weight_dtype, torch.float32)
     plans = plan_matrices(
         specs,
         pieces,
-        copy=(0,) * ranks,
-        replicated=setup.kind == "ddp" and ranks > 1,
+        copy=tuple(rank // setup.shards for rank in range(ranks)),
+        replicated=setup.replicated and ranks > 1,
         dtype=lambda name: weights,
         gradient_dtype=lambda name: weights,
         unit=lambda name: unit[name],
         stagger=config.stagger,
         wave_size=config.wave_size,
         shard_projection=config.shard_projection,
+        projected=setup.projected,
     )
     projected = {spec.parameter for spec in specs}
     return Arrangement(groups, unit, pieces, _kept(groups, pieces, projected, setup), plans, projected)
@@ -108,7 +116,7 @@ def padded_share(shape: Shape, setup: Setup) -> int:
     if setup.kind == "zero3":
         return -(-numel // setup.ranks)
     if setup.kind == "fsdp2":
-        return -(-shape[0] // setup.ranks) * math.prod(shape[1:]) if shape else numel
+        return -(-shape[0] // setup.shards) * math.prod(shape[1:]) if shape else numel
     return numel
 
 
@@ -130,9 +138,9 @@ def _units(groups: list[dict[str, Shape]], setup: Setup) -> dict[str, int]:
     return {name: index if by_group else 0 for index, group in enumerate(groups) for name in group}
 
 
-def _pieces(groups: list[dict[str, Shape]], setup: Setup) -> list[dict[str, Piece]]:
+def _pieces(groups: list[dict[str, Shape]], setup: Setup, whole: bool = False) -> list[dict[str, Piece]]:
     ranks = setup.ranks
-    if setup.kind in ("zero1", "zero2"):
+    if setup.kind in ("zero1", "zero2") and not whole:
         by_group = [flat_pieces(group, ranks) for group in groups]
         return [{n: p for part in by_group for n, p in part[rank].items()} for rank in range(ranks)]
     shapes = {name: shape for group in groups for name, shape in group.items()}
@@ -149,5 +157,5 @@ def _piece(shape: Shape, setup: Setup, rank: int) -> Piece:
     if setup.kind == "zero3":
         return slice_piece(math.prod(shape), padded_share(shape, setup), rank)
     if setup.kind == "fsdp2":
-        return chunk_piece(shape, 0, setup.ranks, rank)
+        return chunk_piece(shape, 0, setup.shards, rank % setup.shards)
     return Piece(0, math.prod(shape))

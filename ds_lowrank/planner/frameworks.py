@@ -29,6 +29,7 @@ class Frame:
         master: the copy that the optimizer steps.
         gradients: after the backward pass.
         gradients_stay: they are there between steps too.
+        local: gradients that passes before the last of a step leave whole on the rank that made them.
         buckets: that gradients are reduced in, while the backward pass runs.
         buckets_stay: bytes of them that are there between steps too.
         forward, loss, head, backward, embedding: whole parameters, gradients of them and copies on their way: in the
@@ -43,6 +44,7 @@ class Frame:
     master: int
     gradients: int
     gradients_stay: bool = False
+    local: int = 0
     buckets: int = 0
     buckets_stay: int = 0
     forward: int = 0
@@ -56,21 +58,27 @@ class Frame:
     host: int = 0
 
 
-def frames(model: Model, arrangement: Arrangement, setup: Setup) -> list[Frame]:
-    """What the framework of ``setup`` holds on each rank."""
+def frames(model: Model, arrangement: Arrangement, setup: Setup, reduced: Model | None = None) -> list[Frame]:
+    """What the framework of ``setup`` holds on each rank.
+
+    Args:
+        model, arrangement, setup: the run.
+        reduced: of the model, what the framework steps or reduces gradients of; default: all. Of ZeRO-1 and 2 the
+            rest is not in the figures at all.
+    """
     if setup.kind in ("zero1", "zero2"):
-        return _zero12(model, arrangement, setup)
+        return _zero12(reduced or model, arrangement, setup)
     if setup.kind == "zero3":
-        alike = _zero3(model, arrangement, setup)
+        alike = _zero3(model, arrangement, setup, reduced or model)
     elif setup.kind == "fsdp2":
-        alike = _fsdp2(model, setup)
+        alike = _fsdp2(model, setup, reduced or model)
     else:
-        alike = _replicated(model, setup)
+        alike = _replicated(model, setup, reduced or model)
     return [alike] * setup.ranks
 
 
 def _largest(shapes: Iterable[Shape]) -> int:
-    return max(map(math.prod, shapes))
+    return max(map(math.prod, shapes), default=0)
 
 
 def _zero12(model: Model, arrangement: Arrangement, setup: Setup) -> list[Frame]:
@@ -151,22 +159,22 @@ def _sent_of(model: Model, setup: Setup) -> tuple[int, dict[int, int], int]:
     return layers, by_layer, rest
 
 
-def _zero3(model: Model, arrangement: Arrangement, setup: Setup) -> Frame:
+def _zero3(model: Model, arrangement: Arrangement, setup: Setup, reduced: Model) -> Frame:
     b, m = setup.width, setup.master_width
     share = {name: padded_share(shape, setup) for name, shape in model.shapes.items()}
-    total = sum(share.values())
+    total = sum(share[name] for name in reduced.shapes)
     stay = sum(math.prod(s) for s in model.shapes.values() if math.prod(s) <= setup.persistence)
     g = DTYPES[setup.accumulation_dtype]
     wire = DTYPES[setup.communication_dtype]
-    largest = _largest(model.shapes.values())
+    largest = _largest(reduced.shapes.values())
     live = live_elements(model, setup)
-    sending, by_layer, at_end = _sent_of(model, setup)
+    sending, by_layer, at_end = _sent_of(reduced, setup)
     copies = {}
     for unit, names in arrangement.units().items():
         size = sum(share[name] for name in names)
         start = m * size + (g * size if g != m else 0)
         copies[unit] = (start, m * size)
-    weights = b * (total + stay) + model.buffer_bytes
+    weights = b * (sum(share.values()) + stay) + model.buffer_bytes
     host = 0
     if setup.offload:
         # Masters, their gradients and the partitions of the gradients lie on the CPU.
@@ -186,14 +194,14 @@ def _zero3(model: Model, arrangement: Arrangement, setup: Setup) -> Frame:
         backward=sending,
         by_layer={layer: more + b * live.layers.get(layer, 0) for layer, more in by_layer.items()},
         embedding=b * live.end + at_end,
-        norm=_NORM * max(share.values()),
+        norm=_NORM * max((share[name] for name in reduced.shapes), default=0),
         copies=copies,
         host=host,
     )
 
 
-def _fsdp2(model: Model, setup: Setup) -> Frame:
-    b, m, n = setup.width, setup.master_width, setup.ranks
+def _fsdp2(model: Model, setup: Setup, reduced: Model) -> Frame:
+    b, m, n = setup.width, setup.master_width, setup.shards
     share = {name: padded_share(shape, setup) for name, shape in model.shapes.items()}
     layers = [sum(n * share[name] for name in layer) for layer in model.layers]
     inside = {name for layer in model.layers for name in layer}
@@ -203,6 +211,7 @@ def _fsdp2(model: Model, setup: Setup) -> Frame:
     whole = n * sum(share[name] for name in tail)
     first = n * sum(share[name] for name in embedding)
     widest = max(layers, default=0)
+    sending = max((sum(n * share[name] for name in layer) for layer in reduced.layers), default=0)
     kept = 0 if setup.reshard else sum(layers)
     # What a reduce-scatter is given; gloo works in a copy of it.
     r = DTYPES[setup.communication_dtype] * (2 if setup.device == "cpu" and n > 1 else 1)
@@ -211,18 +220,20 @@ def _fsdp2(model: Model, setup: Setup) -> Frame:
     forward = b * (whole + max(2 * max(widest, first), kept))
     # Backward: a unit's parameters, the next gathered ahead, its gradients, and what was sent before; then, its
     # parameters gone, what is sent of it.
-    sent = DTYPES[setup.communication_dtype] * widest
+    sent = DTYPES[setup.communication_dtype] * sending
     through = 0 if embedding else b * whole
-    backward = through + b * kept + max(b * 3 * widest + sent, b * 2 * widest + sent + r * widest)
+    backward = through + b * (kept + 2 * widest) + sent + max(b, r) * sending
     # Of a unit that has been copied for sending the last parameter's gradient is still held, on several ranks.
     end = r * (first or whole) + (b * math.prod(model.shapes[last[-1]]) if last and n > 1 else 0)
     return Frame(
         weights=m * sum(share.values()) + model.buffer_bytes,
         master=0,
-        gradients=m * sum(share.values()),
+        gradients=m * sum(share[name] for name in reduced.shapes),
+        local=b * reduced.numel if setup.local_passes else 0,
         forward=forward,
-        loss=b * (whole + kept),
-        head=b * (whole + kept) + b * math.prod(model.shapes[tail[-1]]) + (r * whole if embedding else 0)
+        # The backward pass of the loss has the last layer gathered ahead.
+        loss=b * (whole + (kept or widest)),
+        head=b * (whole + (kept or widest)) + b * math.prod(model.shapes[tail[-1]]) + (r * whole if embedding else 0)
         if tail
         else 0,
         backward=backward,
@@ -230,17 +241,17 @@ def _fsdp2(model: Model, setup: Setup) -> Frame:
     )
 
 
-def _replicated(model: Model, setup: Setup) -> Frame:
+def _replicated(model: Model, setup: Setup, reduced: Model) -> Frame:
     """DDP and one process: fp32 weights, autocast to 16 bits unless they are bf16 themselves."""
     m = setup.master_width
     cast = 2 * model.numel if setup.dtype != "fp32" and m == 4 else 0  # autocast keeps them for the pass
-    largest = _largest(model.shapes.values())
+    largest = _largest(reduced.shapes.values())
     return Frame(
         weights=m * model.numel + model.buffer_bytes,
         master=0,
-        gradients=m * model.numel,
-        buckets=m * model.numel if setup.kind == "ddp" else 0,
-        buckets_stay=m * model.numel if setup.kind == "ddp" else 0,
+        gradients=m * reduced.numel,
+        buckets=m * reduced.numel if setup.kind == "ddp" else 0,
+        buckets_stay=m * reduced.numel if setup.kind == "ddp" else 0,
         forward=cast,
         loss=cast,
         head=cast + m * largest,

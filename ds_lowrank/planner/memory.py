@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ds_lowrank.config import LowRankConfig
+from ds_lowrank.config import BLOCK, LowRankConfig, load_json
 from ds_lowrank.engine.evidence import gram_dtype_on
 from ds_lowrank.full_rank.dealt import FLYING, portion_numbers
 from ds_lowrank.layouts import BF16_MASTER
 from ds_lowrank.planner.activations import Activations, activations
 from ds_lowrank.planner.arrangement import Arrangement, arrange
 from ds_lowrank.planner.frameworks import Frame, frames
+from ds_lowrank.planner.in_backward import Passes, base_terms
 from ds_lowrank.planner.model import Model, read_model
 from ds_lowrank.planner.setup import Setup, from_deepspeed, from_fsdp, low_rank_config
 from ds_lowrank.planner.states import OPTIMIZERS, States, states_of
 from ds_lowrank.planner.temporaries import temporaries
 
-TERMS = ("weights", "master", "states", "bases", "gradients", "buckets", "activations", "temporaries")
+TERMS = ("weights", "master", "states", "bases", "gradients", "accumulators", "buckets", "activations", "temporaries")
 GIB = 2**30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class RankMemory:
         rank: the rank.
         moments: name of a moment -> term -> bytes on the device: ``resident`` between steps; ``forward``, ``loss``,
             ``head``, ``layer`` and ``embedding`` in forward and backward; ``norm``, ``step`` and ``refresh`` (a step in
-            which matrices are due).
+            which matrices are due); where gradients are used in the backward pass, ``wave``, a layer's with matrices
+            that are due.
         solver: bytes of the workspace of ``eigh`` in ``refresh``, counted among its temporaries.
         host: bytes on the CPU.
     """
@@ -95,7 +99,7 @@ class MemoryPlan:
         return {
             "model": self.model,
             "weights": self.weights,
-            "setup": vars(self.setup),
+            "setup": dataclasses.asdict(self.setup),
             "lowrank": self.config.to_dict(),
             "optimizers": {
                 name: {
@@ -133,6 +137,7 @@ def plan_memory(
     *,
     deepspeed: str | Path | Mapping[str, Any] | None = None,
     fsdp_config: str | Path | Mapping[str, Any] | None = None,
+    lowrank_config: str | Path | Mapping[str, Any] | None = None,
     rank: int | None = None,
     lowrank: Mapping[str, Any] | None = None,
     **given: Any,
@@ -144,10 +149,12 @@ def plan_memory(
         gpus: data-parallel ranks.
         deepspeed, fsdp_config: the framework's configuration, path or content, or accelerate's YAML file; neither: DDP
             (one process on one GPU).
+        lowrank_config: for DDP and one process: JSON with a ``"lowrank"`` block, path or content.
         rank: r; ``None``: the configuration's.
         lowrank: options that win over the configuration's ``"lowrank"`` block, from which formats are taken too.
         given: attributes of :class:`Setup`: ``seq``, ``micro_batch``, ``accumulation``, ``checkpointing``, ``dtype``,
-            ``master``, ``state_dtype``, ``basis_dtype``, ``device``, ``units``. Rule and selection are the block's.
+            ``master``, ``state_dtype``, ``basis_dtype``, ``device``, ``units``, ``copies``, ``no_sync``. Rule,
+            selection, ``gradients``, ``accumulator_dtype`` and ``layerwise`` are the block's.
 
     Raises:
         ValueError: an option is unknown or out of range, no rank is set, the framework's configuration is not
@@ -156,6 +163,10 @@ def plan_memory(
     """
     if deepspeed is not None and fsdp_config is not None:
         raise ValueError("give one of a DeepSpeed and an FSDP configuration, not both")
+    if lowrank_config is not None and (deepspeed is not None or fsdp_config is not None):
+        raise ValueError(
+            "lowrank_config is for DDP and one process: DeepSpeed's and FSDP's files have a block themselves"
+        )
     known = read_model(model)
     formats = {key: given.pop(key, None) for key in ("state_dtype", "basis_dtype")}
     if deepspeed is not None:
@@ -165,7 +176,8 @@ def plan_memory(
         setup, options = from_fsdp(fsdp_config, gpus, **given)
     else:
         chosen = {key: value for key, value in given.items() if value is not None}
-        setup, options = Setup(kind="ddp" if gpus > 1 else "one", ranks=gpus, **chosen), {}
+        setup = Setup(kind="ddp" if gpus > 1 else "one", ranks=gpus, **chosen)
+        options = {} if lowrank_config is None else dict(load_json(lowrank_config).get(BLOCK, {}))
     asked = {key: value for key, value in formats.items() if value is not None}
     config = low_rank_config({**options, **(lowrank or {}), **asked}, rank)
     return plan_setup(known, config, setup.of(config))
@@ -176,50 +188,73 @@ def plan_setup(model: Model, config: LowRankConfig, setup: Setup, arrangement: A
 
     Args:
         model, config, setup: the run.
-        arrangement: what lies where in it, which ``kind``, ``ranks``, ``master`` and ``sub_group`` decide; found where
-            ``None``.
+        arrangement: what lies where in it, which ``kind``, ``ranks``, ``copies``, ``master``, ``dtype``, ``gradients``
+            and ``sub_group`` decide; found where ``None``.
     """
     arrangement = arrangement or arrange(model, config, setup)
-    alive = None
+    a = Activations(0, 0, 0, 0, 0, 0)
     if model.decoder is not None:
-        alive = activations(model.decoder, setup.tokens, setup.width, setup.checkpointing)
-    held = frames(model, arrangement, setup)
+        a = activations(model.decoder, setup.tokens, setup.width, setup.checkpointing)
     gram_width = gram_dtype_on(config.gram_dtype, torch.device(setup.device)).itemsize
+    # Other optimizers are given whole gradients, and all of them.
+    usual = setup.replace(gradients="full", layerwise=False)
+    whole = arrangement if setup.projected is False else arrange(model, config, usual)
+    held = frames(model, whole, usual)
     found = {}
     for optimizer in OPTIMIZERS:
-        states = states_of(optimizer, arrangement, setup)
-        steps = _steps(optimizer, arrangement, setup, held, states, gram_width)
-        # Many ranks hold the same: the first that needs most stands for them.
-        ranks = {alike: k for k, alike in reversed(list(enumerate(zip(map(id, held), states, steps))))}
-        memories = [_on_rank(optimizer, setup, held[k], alive, k, states[k], steps[k]) for k in sorted(ranks.values())]
+        ours = optimizer == OPTIMIZERS[-1]
+        if ours and (setup.projected or setup.layerwise):
+            states = states_of(optimizer, arrangement, setup)
+            made = Passes(model, arrangement, setup, config, gram_width, a).of_ranks(states)
+            memories = [_memory(optimizer, k, *moments) for k, moments in _different(made)]
+        else:
+            states = states_of(optimizer, whole, usual)
+            steps = _steps(optimizer, whole, usual, held, states, gram_width)
+            ranks = _different(list(zip(map(id, held), states, steps)))
+            memories = [on_rank(optimizer, usual, held[k], a, k, states[k], steps[k]) for k, _ in ranks]
         found[optimizer] = max(memories, key=lambda m: m.peak)
     return MemoryPlan(model.name, model.numel, setup, config, found, _notes(model, setup))
 
 
-def _on_rank(
+def _different(of_ranks: Sequence[T]) -> list[tuple[int, T]]:
+    """Many ranks hold the same: the first of each kind."""
+    kinds: dict[Any, int] = {}
+    for k, held in enumerate(of_ranks):
+        key = id(held[0]) if isinstance(held, tuple) and isinstance(held[0], dict) else held
+        kinds.setdefault(key, k)
+    return [(k, of_ranks[k]) for k in kinds.values()]
+
+
+def _memory(optimizer: str, rank: int, moments: dict[str, dict[str, int]], solver: int, host: int = 0) -> RankMemory:
+    filled = {name: {term: terms.get(term, 0) for term in TERMS} for name, terms in moments.items()}
+    return RankMemory(optimizer, rank, filled, solver, host)
+
+
+def on_rank(
     optimizer: str,
     setup: Setup,
     held: Frame,
-    alive: Activations | None,
+    a: Activations,
     rank: int,
     states: States,
     steps: tuple[int, int, int],
 ) -> RankMemory:
-    at_rest = {
-        "weights": held.weights,
-        "master": held.master,
-        "gradients": held.gradients if held.gradients_stay else 0,
-        "buckets": held.buckets_stay,
-    }
-    kept = {"states": states.moments, "bases": states.bases}
+    """Moments of an optimizer that is given whole gradients.
+
+    Args:
+        optimizer, setup, rank: its name, the run, the rank.
+        held: of the framework.
+        a: activations; zeros where they are not known.
+        states: of the optimizer.
+        steps: the most in a step, in one with refreshes, and of that the solver's workspace.
+    """
     host = held.host
     if setup.offload:
         host += states.moments + states.bases
-        kept = {}
-    base = {**at_rest, **kept}
-    a = alive or Activations(0, 0, 0, 0, 0, 0)
-    reduced = {**base, "gradients": held.gradients, "buckets": held.buckets}
-    before = held.gradients if held.gradients_stay or setup.accumulation > 1 else 0
+        states = States(0)
+    base = base_terms(held, states)
+    before = max(held.local, held.gradients if held.gradients_stay or setup.accumulation > 1 else 0)
+    reduced = {**base, "gradients": max(held.local, held.gradients), "buckets": held.buckets}
     # The backward pass lets go of activations layer by layer, and may have most parameters at its end.
     last = max(held.by_layer, default=0)
     kept_then, whole_then = max(
@@ -237,8 +272,7 @@ def _on_rank(
     step, refresh, solver = steps
     moments["step"] = {**base, "gradients": held.gradients, "temporaries": step}
     moments["refresh"] = {**base, "gradients": held.gradients, "temporaries": refresh}
-    filled = {name: {term: terms.get(term, 0) for term in TERMS} for name, terms in moments.items()}
-    return RankMemory(optimizer, rank, filled, solver, host)
+    return _memory(optimizer, rank, moments, solver, host)
 
 
 def _steps(

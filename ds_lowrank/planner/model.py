@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,20 @@ def describe(module: nn.Module, name: str) -> Model:
         layers=layers,
         decoder=_decoder(next((m.config for m in module.modules() if hasattr(m, "config")), None)),
         buffer_bytes=sum(b.numel() * b.element_size() for b in module.buffers()),
+    )
+
+
+def only(model: Model, names: Collection[str]) -> Model:
+    """A model's parameters of these names, its buffers and what activations depend on."""
+
+    def kept(parts: list[list[str]]) -> list[list[str]]:
+        return [[name for name in part if name in names] for part in parts]
+
+    return dataclasses.replace(
+        model,
+        shapes={name: shape for name, shape in model.shapes.items() if name in names},
+        modules=[part for part in kept(model.modules) if part],
+        layers=kept(model.layers),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,17 @@ from ds_lowrank.planner import passed_over
 from ds_lowrank.planner.accelerate_files import deepspeed_file, fsdp_block, is_accelerates
 from ds_lowrank.states.formats import BASIS_DTYPES, STATE_DTYPES
 
-_OF_THE_BLOCK = ("rule", "rule_options", "selection", "selection_options", "state_dtype", "basis_dtype")
+_OF_THE_BLOCK = (
+    "rule",
+    "rule_options",
+    "selection",
+    "selection_options",
+    "state_dtype",
+    "basis_dtype",
+    "layerwise",
+    "gradients",
+    "accumulator_dtype",
+)
 KINDS = ("zero1", "zero2", "zero3", "fsdp2", "ddp", "one")
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 MASTERS = ("fp32", "bf16")
@@ -42,6 +53,10 @@ class Setup:
             optimizer but its own there.
         state_dtype, basis_dtype: formats of low-rank moments and of bases.
         rule, rule_options, selection, selection_options: the method, as in :class:`ds_lowrank.LowRankConfig`.
+        layerwise, gradients, accumulator_dtype: when gradients are used and what is kept of them, as there.
+        copies: of the model, FSDP2 alone: more than one is HSDP, sharded among ranks / copies and replicated.
+        no_sync: FSDP2's micro-steps but the last leave gradients whole where they were made, as the Trainer's do
+            without ``sync_each_batch``. DDP's always do, DeepSpeed's never.
         offload: ZeRO's optimizer on the CPU.
         accumulation_dtype, communication_dtype: of gradients, in DeepSpeed.
         reduce_bucket, prefetch_bucket, max_live, max_reuse, persistence, sub_group: DeepSpeed's sizes, in elements.
@@ -67,6 +82,11 @@ class Setup:
     rule_options: Mapping[str, float] = field(default_factory=dict, hash=False)
     selection: str = "importance"
     selection_options: Mapping[str, float] = field(default_factory=dict, hash=False)
+    layerwise: bool = False
+    gradients: str = "full"
+    accumulator_dtype: str = "fp32"
+    copies: int = 1
+    no_sync: bool = False
     offload: bool = False
     accumulation_dtype: str = "bf16"
     communication_dtype: str = "bf16"
@@ -92,7 +112,7 @@ class Setup:
         ):
             if getattr(self, option) not in allowed:
                 raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {getattr(self, option)!r}")
-        for option in ("ranks", "seq", "micro_batch", "accumulation"):
+        for option in ("ranks", "seq", "micro_batch", "accumulation", "copies"):
             value = getattr(self, option)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{option} must be an integer >= 1, got {value!r}")
@@ -104,6 +124,12 @@ class Setup:
             raise ValueError("BF16_Optimizer (stage 1, bf16, fp32 accumulation) is not planned: use stage 2")
         if self.master == "bf16" and self.kind.startswith("zero") and (self.offload or self.dtype != "bf16"):
             raise ValueError("master bf16 under DeepSpeed needs dtype bf16, and no offload_optimizer")
+        if self.copies > 1 and (self.kind != "fsdp2" or self.ranks % self.copies):
+            raise ValueError(f"{self.copies} copies of a model are for FSDP2 and divide its ranks, got {self.ranks}")
+        if self.layerwise and self.kind.startswith("zero"):
+            raise ValueError("layerwise is not to be had under DeepSpeed: use gradients projected, or another layout")
+        if self.gradients == "projected" and self.offload:
+            raise ValueError("gradients projected is not to be had with offload_optimizer: leave one of them out")
         _ = self.method  # refuses what does not go together
 
     @property
@@ -117,11 +143,36 @@ class Setup:
         return DTYPES[self.master]
 
     @property
+    def shards(self) -> int:
+        """Ranks that share one copy of the model."""
+        return self.ranks // self.copies
+
+    @property
+    def projected(self) -> bool:
+        """Whether gradients are projected where they are made."""
+        return self.gradients == "projected"
+
+    @property
+    def replicated(self) -> bool:
+        """Whether projected matrices lie whole on every rank: of ZeRO-1 and 2 those that DeepSpeed is not given."""
+        return self.kind in ("ddp", "one") or (self.projected and self.kind in ("zero1", "zero2"))
+
+    @property
+    def local_passes(self) -> bool:
+        """Whether the backward passes but the last of a step leave gradients on the rank that made them."""
+        return self.accumulation > 1 and (self.kind in ("ddp", "one") or (self.kind == "fsdp2" and self.no_sync))
+
+    @property
+    def weight_dtype(self) -> str:
+        """Of a projected matrix as it is stepped: DeepSpeed's masters are not in ``projected``'s reach."""
+        return self.dtype if self.projected and self.kind.startswith("zero") else self.master
+
+    @property
     def tokens(self) -> int:
         """Of a micro-step."""
         return self.seq * self.micro_batch
 
-    @property
+    @cached_property
     def method(self) -> Method:
         """What is computed, and what is kept of it.
 
@@ -158,6 +209,9 @@ def from_deepspeed(
         FileNotFoundError: no such file.
     """
     asked = None
+    for fsdp in ("copies", "no_sync"):
+        if given.get(fsdp) is None:
+            given.pop(fsdp, None)
     if is_accelerates(config):
         config, asked = deepspeed_file(config)  # type: ignore[arg-type]
     settings = read_deepspeed_config(config, here=False)
@@ -236,6 +290,7 @@ def from_fsdp(config: str | Path | Mapping[str, Any], ranks: int, **given: Any) 
             "offload_params (cpu_offload) = true of the FSDP configuration is not planned: set it to false, or use "
             "DeepSpeed's offload_optimizer"
         )
+    given.setdefault("no_sync", True)
     given["checkpointing"] = settings.checkpointing or given.get("checkpointing", False)
     named = passed_over.of_fsdp(settings.keys)
     setup = Setup(kind="fsdp2", ranks=ranks, reshard=settings.reshard, passed_over=named, **given)

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from ds_lowrank.planner.advice import Advice
 from ds_lowrank.planner.memory import GIB, TERMS, MemoryPlan
+from ds_lowrank.planner.others import Other
+from ds_lowrank.planner.setup import Setup
 
 _KINDS = {
     "zero1": "ZeRO-1",
@@ -24,6 +26,7 @@ _MOMENTS = {
     "loss": "loss",
     "head": "backward: head",
     "layer": "backward: layers",
+    "wave": "backward: what is due",
     "embedding": "backward: end",
     "norm": "gradient norm",
     "step": "step",
@@ -37,6 +40,7 @@ def print_plan(
     margin: float = 0.0,
     advice: Sequence[Advice] = (),
     console: Console | None = None,
+    others: Sequence[Other] = (),
 ) -> None:
     """Print a plan: the terms at each optimizer's highest moment, all moments, what fits and what would.
 
@@ -45,6 +49,7 @@ def print_plan(
         gpu_memory, margin: GiB of a GPU, and what is to stay free of it.
         advice: of :func:`advise`.
         console: where to.
+        others: of :func:`others_of`.
     """
     console = console or Console(width=110, highlight=False)
     setup = plan.setup
@@ -54,10 +59,14 @@ def print_plan(
         table.add_column(name, justify="right")
     all_of = list(plan.optimizers.values())
     for term in TERMS:
-        table.add_row(f"{term}, at the peak", *(_gib(m.moments[m.peak_moment][term]) for m in all_of))
+        counts = [m.moments[m.peak_moment][term] for m in all_of]
+        if term != "accumulators" or any(counts):
+            table.add_row(f"{term}, at the peak", *map(_gib, counts))
     table.add_section()
     for moment, label in _MOMENTS.items():
-        table.add_row(label, *(_gib(sum(m.moments[moment].values())) for m in all_of))
+        if any(moment in m.moments for m in all_of):
+            sums = (sum(m.moments[moment].values()) if moment in m.moments else None for m in all_of)
+            table.add_row(label, *("-" if count is None else _gib(count) for count in sums))
     table.add_section()
     table.add_row("peak", *(_gib(m.peak) for m in all_of), style="bold")
     table.add_row("at", *(_MOMENTS[m.peak_moment] for m in all_of))
@@ -66,6 +75,8 @@ def print_plan(
     if setup.offload:
         table.add_row("on the CPU", *(_gib(m.host) for m in all_of))
     console.print(table)
+    if others:
+        console.print(_others(others, gpu_memory, margin))
     for note in plan.notes:
         console.print(f"- {note}", soft_wrap=True)
     if plan.fits(gpu_memory, margin=margin):
@@ -76,15 +87,35 @@ def print_plan(
         console.print(f"fits with {', '.join(found.changes)}: {_gib(found.plan.ours.peak)} GiB", soft_wrap=True)
 
 
+def _others(others: Sequence[Other], gpu_memory: float, margin: float) -> Table:
+    table = Table(title="beside it: GiB")
+    table.add_column("")
+    for head in ("layout", "between steps", "peak", "at", f"fits {gpu_memory:g} GiB less {margin:g}", "without"):
+        table.add_column(head, justify="right")
+    for other in others:
+        m = other.memory
+        fits = "yes" if m.peak <= (gpu_memory - margin) * GIB else "no"
+        at = _MOMENTS[m.peak_moment]
+        table.add_row(other.name, _KINDS[other.layout], _gib(m.resident), _gib(m.peak), at, fits, other.lacks)
+    return table
+
+
 def _headline(plan: MemoryPlan) -> str:
     s = plan.setup
     return (
-        f"{_KINDS[s.kind]}{' with offload' if s.offload else ''}, {s.ranks} rank{'s' * (s.ranks > 1)}\n"
+        f"{_KINDS[s.kind] if s.copies == 1 else f'HSDP, {s.copies} copies'}{' with offload' if s.offload else ''}, "
+        f"{s.ranks} rank{'s' * (s.ranks > 1)}\n"
         f"{s.micro_batch} x {s.seq} tokens{', checkpointing' if s.checkpointing else ''}\n"
         f"{s.dtype}, {'no fp32 master' if s.master == 'bf16' else 'fp32 master'}, rank {plan.config.rank}\n"
-        f"{s.rule}, {s.selection} subspaces\n"
+        f"{s.rule}, {s.selection} subspaces{_gradients(s)}\n"
         f"{s.state_dtype} states, {f'{s.basis_dtype} bases' if s.method.selection.stored else 'no bases kept'}"
     )
+
+
+def _gradients(s: Setup) -> str:
+    if s.projected:
+        return f"\nprojected gradients in {s.accumulator_dtype}"
+    return ", layerwise" if s.layerwise else ""
 
 
 def _gib(count: int) -> str:

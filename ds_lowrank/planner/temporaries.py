@@ -42,7 +42,13 @@ class Temporaries:
 
 
 def temporaries(
-    held: Sequence[Holding], *, method: Method, gram_width: int, offload: bool = False, device: str = "cuda"
+    held: Sequence[Holding],
+    *,
+    method: Method,
+    gram_width: int,
+    offload: bool = False,
+    device: str = "cuda",
+    projected: bool = False,
 ) -> Temporaries:
     """What stepping matrices, all of one call of ``step()``, holds on every rank.
 
@@ -52,6 +58,7 @@ def temporaries(
         gram_width: bytes of a number of a Gram.
         offload: whether weights, gradients and states lie on the CPU and visit the device one matrix at a time.
         device: on which it is computed.
+        projected: whether R is there already, and no gradient moves.
     """
     new_bases = not method.selection.stored and not method.keeps_drawn(device)
     by_name = {h.plan.name: h for h in held}
@@ -60,7 +67,7 @@ def temporaries(
     batches = [[by_name[p.name] for p in batch] for batch in batches_of(h.plan for h in held)]
     moved = [batch for batch in batches if batch[0].plan.shared]
     alone = (_Batch(batch, method, offload, new_bases) for batch in batches if not batch[0].plan.shared)
-    pipeline = _pipeline([_Batch(batch, method, offload, new_bases) for batch in moved])
+    pipeline = _pipeline([_Batch(batch, method, offload, new_bases) for batch in moved], projected)
     step = _most([pipeline, *(batch.stepping + batch.bases for batch in alone)], nothing)
     refresh = solver = nothing
     for wave in waves_of([h.plan for h in held]):
@@ -107,7 +114,7 @@ class _Batch:
             self.gathered, self.bases = self.gathered + h.computes * gathered, self.bases + h.computes * whole
             # Narrow slots are widened where they lie. What is refined has a sum ∇Aᵀ R of the rows here, and a part of
             # that of all.
-            numbers = plan.r * (1 + method.rule.copies) + (0 if offload else _widened(method.states, plan.r))
+            numbers = plan.r * (1 + method.rule.copies) + (0 if offload else widened(method.states, plan.r))
             self.stepping = self.stepping + h.rows * numbers * width
             if method.selection.evidence == "sketch":
                 self.stepping = self.stepping + h.computes * (2 * plan.short * plan.r * width)
@@ -135,19 +142,22 @@ def _handed(held: Sequence[Holding], nothing: Tensor) -> Tensor:
     return sizes + (sizes < most) * most + most * len(nothing)
 
 
-def _pipeline(batches: Sequence[_Batch]) -> Tensor:
+def _pipeline(batches: Sequence[_Batch], projected: bool = False) -> Tensor:
     """The most that is alive while batches are stepped one after the other; 0 without any."""
     highest = torch.zeros((), dtype=torch.int64)
     for i, batch in enumerate(batches):
-        coming, before = (batches[i + 1].moving if i + 1 < len(batches) else 0), (batches[i - 1].bases if i else 0)
+        coming = batches[i + 1].moving if i + 1 < len(batches) and not projected else 0
+        before = batches[i - 1].bases if i else 0
         left = batches[i - 1].moving + batches[i - 1].handed if i else 0
         # Bases are there until those of the next batch are joined, which are on their way by then.
         bases = batch.bases + (batches[i + 1].gathered if i + 1 < len(batches) else 0)
+        arriving = 0 if projected else batch.moving
+        there = 0 if projected else batch.buffered
         highest = _most(
             (
-                batch.moving + left + before + batch.gathered,  # its rows are on their way
-                2 * batch.buffered + left + before + batch.gathered,  # and are put together
-                batch.buffered + left + before + batch.gathered + batch.bases,  # its bases are joined
+                arriving + left + before + batch.gathered,  # its rows are on their way
+                2 * there + left + before + batch.gathered,  # and are put together
+                there + left + before + batch.gathered + batch.bases,  # its bases are joined
                 batch.buffered + coming + left + bases + batch.stepping,  # a row block goes as its update comes
                 batch.buffered + batch.moving + coming + left + bases + batch.handed,  # updates leave
             ),
@@ -156,7 +166,7 @@ def _pipeline(batches: Sequence[_Batch]) -> Tensor:
     return highest
 
 
-def _widened(kept: StateLayout, r: int) -> int:
+def widened(kept: StateLayout, r: int) -> int:
     """Numbers a row of A that a step reads from a narrow format."""
     return sum(
         kept.width(name, r)
@@ -174,6 +184,11 @@ def _basis(plan: MatrixPlan, method: Method, offload: bool, new: bool) -> tuple[
     if plan.basis_sharded:
         return stored.bytes(plan.short, plan.r, plan.dtype), basis
     return 0, basis if stored.name != "fp32" or offload else 0
+
+
+def refreshing(held: Sequence[Holding], gram_width: int, selection: Selection) -> tuple[Tensor, Tensor]:
+    """A refresh of matrices side by side whose gradients' rows are there already, and of it the solver's workspace."""
+    return _wave(held, [], gram_width, selection)
 
 
 def _wave(held: Sequence[Holding], parts: Sequence[_Batch], g: int, selection: Selection) -> tuple[Tensor, Tensor]:

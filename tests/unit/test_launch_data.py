@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
@@ -14,7 +15,9 @@ import data as launch_data
 from arguments import DataArguments, parse_arguments
 from corpora import held_out, stdlib_corpus
 from data import Collator, load_data, pack, train_tokenizer
+from pretrain import build_model
 
+ZERO2 = str(Path(__file__).resolve().parents[2] / "configs" / "zero2.json")
 TEXTS = [f"def function_{i}(x):\n    return x + {i}\n" * 4 for i in range(80)]
 
 
@@ -230,6 +233,20 @@ def test_arguments_of_galore_in_the_trainer_count_as_flags_of_ours(tmp_path):
     assert several["optim_target_modules"] == ["q_proj", "k_proj"]
 
 
+def test_a_file_with_a_block_alone_and_weights_without_a_master(tmp_path):
+    block = {"rank": 8, "gradients": "projected", "accumulator_dtype": "bf16"}
+    (tmp_path / "block.json").write_text(json.dumps({"lowrank": block}))
+    argv = f"--lowrank_config {tmp_path}/block.json --dtype bfloat16 --accumulator_dtype fp32 --output_dir {tmp_path}"
+    model, _, options, args = parse_arguments([*argv.split(), "--report_to", "none"])
+    assert options == {**block, "accumulator_dtype": "fp32"}
+    assert args.bf16 is False  # accelerate would make the weights fp32 again
+    data = DataArguments()
+    built = build_model(model, data, train_tokenizer(TEXTS, vocab_size=320), seed=0)
+    assert {p.dtype for p in built.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in built.buffers()} == {torch.float32}  # frequencies of the rotary embedding
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_too_little_text(tmp_path, jsonl):
     with pytest.raises(ValueError, match="the train split has too little text for one sequence of 100000 tokens"):
         load_data(arguments(tmp_path, train_file=str(jsonl), max_length=100_000))
@@ -267,6 +284,10 @@ def test_too_little_text(tmp_path, jsonl):
         (["--seed", "-1"], "--seed must be from 0 to 2**32 - 1"),
         (["--override_lr"], "--override_lr is for --resume"),
         (["--optim", "adafactor"], "asks for another optimizer"),
+        (["--dtype", "bfloat16", "--bf16", "true"], "--bf16 keeps an fp32 master copy beside --dtype bfloat16"),
+        (["--dtype", "bfloat16", "--deepspeed", ZERO2], "set bf16_master_weights_and_grads in DeepSpeed's file"),
+        (["--lowrank_config", "nowhere.json"], "'nowhere.json' does not exist"),
+        (["--lowrank_config", ZERO2, "--deepspeed", ZERO2], "the other file has a lowrank block itself"),
     ],
 )
 def test_bad_command_line(argv, message):
