@@ -10,9 +10,10 @@ everything is due, does not count.
 ``ms`` is the median of steps without a refresh, ``refresh_ms`` of those in which a wave refreshes; ``tokens_s`` is of a
 period of 200 steps, with as many of the second kind as the model has waves. ``over_full`` is the median over the
 repetitions of the time of ``full`` over this one's, of steps without a refresh, ``tokens_over_full`` the ratio of
-``tokens_s``. ``sent_mb`` is what a rank sent in a step without a refresh, by the kernel's count; ``link_mbps`` what a
-plain connection reached. ``planned_s`` is the plan's estimate for sending, where the planner has one. On this many
-cores two ranks also share the processors, and at 10 Gb/s the link is not the bottleneck.
+``tokens_s``. ``cpu_ms`` is the first rank's processor time in a step without a refresh: what of ``ms`` is neither that
+nor the link's is other work on the machine. ``sent_mb`` is what a rank sent in such a step, by the kernel's count;
+``link_mbps`` what a plain connection reached. ``planned_s`` is the plan's estimate for sending. On this many cores two
+ranks also share the processors, and at 10 Gb/s the link is not the bottleneck.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def rows_of(found: dict[str, Any], layout: str, mbps: int, rank: int) -> list[Ro
             row["refresh_ms"] = 1e3 * own["refresh_seconds"]
         row["over_full"] = paired(found["steps"]["full"], steps) if full else None
         row["tokens_over_full"] = own["tokens_s"] / full["tokens_s"] if full else None
-        row["sent_mb"] = statistics.median(sent for _, refreshes, sent in steps if not refreshes) / 1e6
+        row["cpu_ms"] = 1e3 * statistics.median(cpu for _, refreshes, _, cpu in steps if not refreshes)
+        row["sent_mb"] = statistics.median(sent for _, refreshes, sent, _ in steps if not refreshes) / 1e6
         row["planned_s"] = planned_seconds(layout, mbps, rank, way)
         rows.append(row)
     return rows
@@ -118,11 +120,11 @@ def summary(steps: Sequence[Sequence[Any]], waves: int) -> dict[str, Any]:
     """Medians of steps of both kinds, and the tokens a second of a period in which ``waves`` steps refresh.
 
     Args:
-        steps: (seconds, whether something refreshed, bytes sent) of each.
+        steps: (seconds, whether something refreshed, bytes sent, seconds of a processor) of each.
         waves: in a period.
     """
-    ordinary = statistics.median(seconds for seconds, refreshes, _ in steps if not refreshes)
-    with_refresh = [seconds for seconds, refreshes, _ in steps if refreshes]
+    ordinary = statistics.median(seconds for seconds, refreshes, *_ in steps if not refreshes)
+    with_refresh = [seconds for seconds, refreshes, *_ in steps if refreshes]
     refresh = statistics.median(with_refresh) if with_refresh else None
     slow = waves if refresh is not None else 0
     period = (PERIOD - slow) * ordinary + slow * (refresh or 0.0)
@@ -182,7 +184,7 @@ def link_speed(rank: int, seconds: float = 2.0) -> float:
 
 
 def measure(layout: str, rank: int, ways: Sequence[str], repetitions: int) -> dict[str, Any]:
-    """Steps of every way, in turns: (seconds, whether something refreshed, bytes sent). Collective."""
+    """Steps of every way, in turns, as :func:`summary` takes them. Collective."""
     import torch.distributed as dist
     from llama import Llama
     from sockets import sent_bytes
@@ -197,18 +199,18 @@ def measure(layout: str, rank: int, ways: Sequence[str], repetitions: int) -> di
         waves = -(-matrices // 8)
         # Every second step refreshes a wave: as many of one kind as of the other are seen.
         runs[way] = start_run(Traffic(layout, "llama_60m", rank, way, 2 * waves, repetitions), model)
-    steps: dict[str, list[tuple[float, bool, int]]] = {way: [] for way in ways}
+    steps: dict[str, list[tuple[float, bool, int, float]]] = {way: [] for way in ways}
     for repetition in range(repetitions + 1):
         tokens = batch(repetition, dist.get_rank(), 2, 1, LENGTH)
         for way in ways if repetition % 2 else reversed(ways):
             before = refreshes(runs[way])
             dist.barrier()
-            sent, start = sent_bytes(), time.perf_counter()
+            sent, start, worked = sent_bytes(), time.perf_counter(), time.process_time()
             runs[way].step([{"tokens": tokens}])
             dist.barrier()
-            seconds = time.perf_counter() - start
+            seconds, worked = time.perf_counter() - start, time.process_time() - worked
             if repetition:
-                steps[way].append((seconds, refreshes(runs[way]) > before, sent_bytes() - sent))
+                steps[way].append((seconds, refreshes(runs[way]) > before, sent_bytes() - sent, worked))
     return {"steps": steps, "waves": waves, "refreshing": [way for way in ways if way in OURS]}
 
 
