@@ -137,8 +137,23 @@ def paired(one: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) -> floa
 
 
 def planned_seconds(layout: str, mbps: int, rank: int, way: str) -> float | None:
-    """Seconds of sending that ``ds-lowrank plan --network`` tells."""
-    return None
+    """Seconds of sending that ``ds-lowrank plan --network`` tells of a step; None where it has no such way."""
+    from llama import Llama
+    from wire import OURS
+
+    from ds_lowrank import planner
+    from ds_lowrank.config import LowRankConfig
+
+    compare: Any = getattr(planner, "compare", None)
+    if compare is None or way not in (*OURS, "AdamW"):
+        return None
+    options = {k: v for k, v in OURS.get(way, {}).items() if k != "gradients"}
+    config = LowRankConfig(rank=rank, update_proj_gap=PERIOD, gram_dtype="float32", **options)
+    setup = planner.Setup(layout, 2, LENGTH, dtype="fp32", master="fp32", units="layers", device="cpu")
+    model = planner.read_model(Llama("llama_60m", vocab_size=VOCABULARY))
+    found = compare(model, planner.plan_setup(model, config, setup.replace(communication_dtype="fp32")))
+    traffic = {"full": found.full.traffic, "AdamW": found.adamw}.get(way)
+    return (traffic or found.projected.traffic).seconds(mbps / 1000)
 
 
 def as_rank(task: dict[str, Any]) -> None:

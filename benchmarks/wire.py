@@ -49,8 +49,8 @@ CONTENDERS = {
 }
 LEARNING_RATE = {"ours": 5e-3, "others": 2e-3}  # as tuned for the default run, see results/first_run.md
 COLUMNS = (
-    *("layout", "ranks", "model", "rank", "gradients", "gradient_bytes", "update_bytes"),
-    *("ratio_to_full", "required", "ratio_to_adamw", "rest_bytes", "loss"),
+    *("layout", "ranks", "model", "rank", "gradients", "gap", "gradient_bytes", "update_bytes"),
+    *("ratio_to_full", "required", "ratio_to_adamw", "rest_bytes", "steps", "loss"),
 )
 ROWS, LENGTH = 1, 128
 VOCABULARY = 256  # tokens are bytes, and what embeddings send is not looked at
@@ -123,10 +123,12 @@ def _row(case: Traffic, ranks: int) -> Row:
         "model": case.model,
         "rank": case.rank,
         "gradients": case.gradients,
+        "gap": case.gap,
         "gradient_bytes": round(whole["gradient"] - rest["gradient"]),
         "update_bytes": round(whole["update"] - rest["update"]),
         "required": 1.05 * whole["share"] if case.gradients.startswith("projected") else None,
         "rest_bytes": round(rest["gradient"] + rest["update"]),
+        "steps": case.steps,
         "loss": whole["loss"],
     }
 
