@@ -1,6 +1,7 @@
 """How many bytes does a step send, and a refresh, beside the closed formula of each purpose?
 
     python benchmarks/communication.py --json out.json
+    python benchmarks/communication.py --wire --json out.json      # projected gradients beside full ones, see wire.py
 
 Every layout on 2 and 4 gloo ranks, one row a purpose: what ``optimizer.comm`` counted over all ranks, and what a
 formula says that is made from shapes and the layout's rule of sharding, not from the optimizer's plan. ``step`` is an
@@ -55,8 +56,17 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     parser.add_argument("--matrices", nargs="+", default=[*MATRICES, WHOLE_MODEL], choices=[*MATRICES, WHOLE_MODEL])
     parser.add_argument("--rank", type=int, default=128, help="r")
+    parser.add_argument("--wire", action="store_true", help="training runs, as the kernel counts, see wire.py")
+    wire = parser.add_argument_group("with --wire, where --rank is LLaMA-60M's r, and 130M's is 3/2 of it")
+    wire.add_argument("--models", nargs="+", default=["llama_60m"], help="of configs/")
+    wire.add_argument("--update_proj_gap", type=int, default=20)
+    wire.add_argument("--steps", type=int, default=40)
+    wire.add_argument("--gradients", nargs="+", help="rows that are wanted; default: all")
     json_argument(parser)
     args = parser.parse_args()
+    if args.wire:
+        measure_wire(args)
+        return
     models: dict[str, Model] = {name: [[shape]] for name, shape in MATRICES.items()}
     models[WHOLE_MODEL] = [LAYER] * LAYERS
     rows: list[Row] = []
@@ -72,6 +82,19 @@ def main() -> None:
     wrong = [row for row in rows if row["bytes"] != row["formula"]]
     if wrong:
         raise SystemExit(f"{len(wrong)} of {len(rows)} counts are not their formulas: {wrong[0]}")
+
+
+def measure_wire(args: argparse.Namespace) -> None:
+    """The rows of wire.py."""
+    from wire import CONTENDERS, beyond, cases, wire_rows
+
+    layouts = [layout for layout in args.layouts if layout in CONTENDERS]
+    models = {model: [args.rank * 3 // 2 if model == "llama_130m" else args.rank] for model in args.models}
+    wanted = cases(layouts, models, args.update_proj_gap, args.steps, args.gradients)
+    rows = [row for ranks in args.ranks for row in wire_rows(wanted, ranks)]
+    show(rows, f"Bytes on the wire, update_proj_gap {args.update_proj_gap}, {args.steps} steps", args.json)
+    if more := beyond(rows):
+        raise SystemExit(f"{len(more)} of {len(rows)} rows send more than required: {more[0]}")
 
 
 def traffic_rows(layout: str, name: str, counted: Sequence[dict[str, Bytes]], model: Model, rank: int) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,25 +76,32 @@ class Run(Protocol):
     def close(self) -> None: ...
 
 
-def start(case: Case, model: nn.Module) -> Run:
-    """Put a model under the case's framework, on all ranks together."""
+def start(case: Case, model: nn.Module, built: Callable[[nn.Module], None] = lambda model: None) -> Run:
+    """Put a model under the case's framework, on all ranks together.
+
+    Args:
+        case: what it is trained with.
+        model: whole, and the same on all ranks.
+        built: called with the model when the optimizer is made and DDP or DeepSpeed has not seen it.
+    """
     with warnings.catch_warnings():
         # In models this small clamping the rank is what a case is about; the warning has a test of its own.
         warnings.filterwarnings("ignore", message=".*clamped to.*")
         if case.layout in ZERO_STAGE:
-            return DeepSpeedRun(case, model)
-        return TorchRun(case, model)
+            return DeepSpeedRun(case, model, built)
+        return TorchRun(case, model, built)
 
 
 class DeepSpeedRun:
     """ZeRO-1, 2 and 3."""
 
-    def __init__(self, case: Case, model: nn.Module):
+    def __init__(self, case: Case, model: nn.Module, built: Callable[[nn.Module], None]):
         import deepspeed
 
         config = deepspeed_config(case)
         self.model = model
         self.optimizer = ds_lowrank.deepspeed_optimizer(model, config)
+        built(model)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
 
     def step(self, losses: list[dict[str, Any]]) -> None:
@@ -140,13 +147,14 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
 class TorchRun:
     """One process, DistributedDataParallel, FSDP2 and HSDP: an ordinary loop, bf16 by autocast or mixed precision."""
 
-    def __init__(self, case: Case, model: nn.Module):
+    def __init__(self, case: Case, model: nn.Module, built: Callable[[nn.Module], None]):
         self._case = case
         self._autocast = case.dtype == "bf16" and case.layout in ("one", "ddp")
         if case.layout in ("fsdp2", "hsdp"):
             shard(case, model)
         self.model = model
         self.optimizer = ds_lowrank.build_optimizer(model, case.options)
+        built(model)
         self.norm: Tensor | None = None  # of the last step's gradients, before they were clipped
         self._projects = case.options.get("gradients") == "projected"
         hooked = case.layerwise or self._projects

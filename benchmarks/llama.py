@@ -1,4 +1,4 @@
-"""LLaMA-60M as benchmarks need it: its matrices alone with random gradients, or the model that computes."""
+"""The LLaMAs as benchmarks need them: the matrices of 60M alone with random gradients, or a model that computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MODEL = Path(__file__).parent.parent / "configs" / "llama_60m.json"
+CONFIGS = Path(__file__).parent.parent / "configs"
 SQUARE, TALL, WIDE = (512, 512), (1376, 512), (512, 1376)
 LAYER = (SQUARE, SQUARE, SQUARE, SQUARE, TALL, TALL, WIDE)
 LAYERS = 8
@@ -85,13 +85,18 @@ class Matrices(nn.Module):
 
 
 class Llama(nn.Module):
-    """The model; ``layers`` is where ``harness.shard`` looks for them."""
+    """The model; ``layers`` is where ``harness.shard`` looks for them.
 
-    def __init__(self) -> None:
+    Args:
+        model: of ``configs``.
+        changed: other values of its configuration.
+    """
+
+    def __init__(self, model: str = "llama_60m", **changed: Any) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         super().__init__()
-        settings = json.loads(MODEL.read_text())
+        settings = {**json.loads((CONFIGS / f"{model}.json").read_text()), **changed}
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         with torch.random.fork_rng():
             torch.manual_seed(0)

@@ -202,14 +202,9 @@ class LowRankArguments:
         default=None, help="step in the backward pass and free each gradient at once; needs --grad_clipping 0"
     )
     gradients: str | None = HfArg(
-        default=None, help="full, or projected: project every gradient in the backward pass and free it"
-    )
-    accumulator_dtype: str | None = HfArg(default=None, help="in which projected gradients are added up: fp32 or bf16")
-
-    gradients: str | None = HfArg(
         default=None,
         help="full; projected: project each gradient in the backward pass and free it, so that what is accumulated, "
-        "sent and clipped is its projection; not under DeepSpeed",
+        "sent and clipped is its projection",
     )
     accumulator_dtype: str | None = HfArg(
         default=None, help="in which projected gradients are added up: fp32, or bf16, rounded stochastically"
