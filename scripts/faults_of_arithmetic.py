@@ -242,8 +242,8 @@ METHODS = [
     ),
     Mutant(
         "selections/online_pca.py",
-        "- 2 * sketch.s",
-        "+ 2 * sketch.s",
+        "excess - sketch.s",
+        "excess + sketch.s",
         "a basis turns away from the gradient",
         "unit/test_methods.py",
     ),

@@ -26,6 +26,7 @@ import torch.distributed.checkpoint.state_dict
 import torch.distributed.tensor  # noqa: F401
 from faults_between_ranks import MOVES, PLANS
 from faults_of_arithmetic import ARITHMETIC, METHODS, Mutant
+from faults_of_projection import PROJECTION
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is copied, and the tests in the order in which they are asked: the quickest first.
@@ -60,7 +61,7 @@ class Answer:
         return f"{file:32}{breaks:68}{said}, {self.seconds:.0f} s"
 
 
-MUTANTS = [*ARITHMETIC, *METHODS, *PLANS, *MOVES]
+MUTANTS = [*ARITHMETIC, *METHODS, *PLANS, *MOVES, *PROJECTION]
 
 
 def main() -> int:

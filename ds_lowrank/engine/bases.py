@@ -108,7 +108,7 @@ class Bases:
         """
         sharded = [p for p in plans if p.basis_sharded and self._method.selection.stored]
         # Those that all ranks use travel in one all-gather, those that few use among these.
-        parts = [part for few in (False, True) if (part := [p for p in sharded if self._few(p) is few])]
+        parts = [part for few in (False, True) if (part := [p for p in sharded if p.few is few])]
         joining = []
         for part in parts:
             stored = [self._stored(states[p.name]) for p in part]
@@ -130,10 +130,6 @@ class Bases:
 
         return Pending(bases)
 
-    def _few(self, plan: MatrixPlan) -> bool:
-        """Whether some ranks of a copy of the model have no use for a basis."""
-        return plan.fewest < len(self._group) and not plan.projected
-
     def _stored(self, state: MatrixState) -> list[Tensor]:
         found = [state.get(key) for key in self._format.keys("basis")]
         return [tensor.to(self._device) for tensor in found if isinstance(tensor, Tensor)]
@@ -154,7 +150,7 @@ class Bases:
             for k in self._everyone
         ]
         held = [part.reshape(-1).to(self._device) for part in mine if part is not None]
-        if not self._few(plans[0]):
+        if not plans[0].few:
             nothing = torch.empty(0, dtype=dtype, device=self._device)
             packed = held[0] if len(held) == 1 else torch.cat(held or [nothing])
             gathering = self._comm.all_gather(packed, [sum(counts[k]) for k in self._group], "bases joined")

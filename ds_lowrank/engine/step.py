@@ -253,7 +253,7 @@ class LowRankStep:
             self._step_run(run, rows, bases, states, groups[run[0].group], updates)
         if not batch[0].shared:
             return None
-        if self._lifts_everywhere(batch[0]):
+        if batch[0].lifted_everywhere:
             assert self._wire is not None
             # One dtype, so that all of a batch travels together.
             dtype = min((self._wire(p.parameter) for p in batch), key=lambda d: d.itemsize)
@@ -261,10 +261,6 @@ class LowRankStep:
             return Leaving(list, (), Lifting(batch, directions, bases))
         weights = self._rows.hand_round(batch) if batch[0].replicated else ()
         return Leaving(self._rows.send_back(batch, updates), weights)
-
-    def _lifts_everywhere(self, plan: MatrixPlan) -> bool:
-        """Whether every rank holds the whole matrix and its basis, so that directions travel and not weights."""
-        return plan.projected and plan.replicated
 
     def _lift_everywhere(self, lifting: Lifting, states: States, groups: Groups) -> None:
         """Move replicas of whole matrices, by the same numbers on all ranks."""
@@ -352,7 +348,7 @@ class LowRankStep:
         lows = _parts(update.low, cuts, self._device)
         scales = _parts(update.row_scale, cuts, self._device)
         for plan, low, scale in zip(here, lows, scales):
-            if low is not None and self._lifts_everywhere(plan):
+            if low is not None and plan.lifted_everywhere:
                 updates[plan.name] = low
                 continue
             self._lift(plan, states[plan.name], low, scale, rows.pop(plan.name, ()), bases[plan.name], hyper, updates)

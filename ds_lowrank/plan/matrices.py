@@ -132,6 +132,16 @@ class MatrixPlan:
         return min(sum(self.copy[k] == c for k in self.computing) for c in set(self.copy))
 
     @cached_property
+    def few(self) -> bool:
+        """Whether some ranks of a copy of the model have no use for its basis."""
+        return self.fewest < self.copy.count(self.copy[0]) and not self.projected
+
+    @cached_property
+    def lifted_everywhere(self) -> bool:
+        """Whether every rank holds the whole matrix and its basis, so that directions travel and not weights."""
+        return self.projected and self.replicated
+
+    @cached_property
     def shared(self) -> bool:
         """Whether more than one rank has a part in it: then, and only then, its steps may communicate."""
         return (self.projected and len(self.parts) > 1) or sum(part is not None for part in self.parts) > 1

@@ -271,3 +271,19 @@ def test_a_closure():
 def test_what_does_not_go_with_it_is_refused(options):
     with pytest.raises(ValueError, match="projected"):
         small(**options)
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("ddp", 2), ("fsdp2", 3), ("hsdp", 4)])
+def test_what_was_never_sent_in_a_backward_pass_is_sent_in_the_step(layout, ranks):
+    """A loop that averages what is not projected by itself, say: in the end nothing differs."""
+    case = replace(PROJECTED, layout=layout, ranks=ranks, micro=1, steps=4)
+
+    def rank(never: bool) -> Any:
+        run = Run(case)
+        for _ in range(case.steps):
+            run.never_syncs = never
+            run.step()
+        return {n: w for n, (_, w) in run.pieces().items()}
+
+    for weights, others in zip(run_ranks(ranks, rank, False), run_ranks(ranks, rank, True)):
+        assert all(torch.equal(w, others[n]) for n, w in weights.items())

@@ -396,6 +396,8 @@ class Model(nn.Module):
 class Run:
     """A model, its optimizer and its layout on this rank."""
 
+    never_syncs = False  # no backward pass does
+
     def __init__(self, case: Case, start: dict[str, Tensor] | None = None, steps: int = 0):
         self.case, self.done = case, steps
         self.model = Model(start_of(case) if start is None else start)
@@ -474,7 +476,7 @@ class Run:
         """Backward passes of this rank's own gradients, of which the last syncs; then those that are not projected."""
         case = self.case.oracle
         for micro in range(self.case.micro if passes is None else passes):
-            self.layout.syncing = micro == self.case.micro - 1
+            self.layout.syncing = micro == self.case.micro - 1 and not self.never_syncs
             total = torch.zeros(())
             for name in case.matrices:
                 own = local_gradient(case, self.done, micro, this_rank(), name)
