@@ -140,12 +140,17 @@ class LocalFollower(Follower):
         source = layout.local_gradients(projected)
         (wire,) = {source.wire_dtype(name) for name in projected}
         self.reference.wire = wire if wire.itemsize < self.wide.itemsize else None
-        self.reference.replicas = layout.ranks.size if layout.replicated else 1
+        replicated = {plan.parameter for plan in optimizer.plans if plan.replicated}
+        self.reference.replicas = layout.ranks.size if replicated else 1
+        copy = layout.ranks.copy
+        self.reference.copies = tuple(tuple(k for k, c in enumerate(copy) if c == one) for one in sorted(set(copy)))
+        self._every = self.case.layout.startswith("zero")  # every micro-batch is sent
 
     def step_local(self, given: list[list[dict[str, Tensor]]]) -> tuple[float, float]:
         """One step of gradients by rank and micro-batch; returns their norm, and what they were multiplied by."""
-        for of_ranks in zip(*given):
-            self.reference.add([self._views(gradients) for gradients in of_ranks])
+        for micro, of_ranks in enumerate(zip(*given)):
+            syncs = self._every or micro == self.case.accumulation - 1
+            self.reference.add([self._views(gradients) for gradients in of_ranks], syncs)
         norm, clip = self.reference.norm(), self.case.clip
         factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         before = {n: self.weights[n].clone() for n in self.undecayed}
