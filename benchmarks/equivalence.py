@@ -20,6 +20,12 @@ the model computes with. The first row anchors the reference in galore-torch.
 fp32 and fp64 on 3 ranks. ``online_pca`` has one refresh and then steps its basis, which nothing brings back to the
 reference's: ``basis_deviation`` is that of the whole run. With int8 states the reference rounds what it keeps; where
 its last bit tips a number over to the next code, an entry differs by a code.
+
+``--rows projected``: ``gradients="projected"``. The reference is given the own gradients of every rank and micro-batch,
+which each rank makes with a whole model of its own, and rounds R and N where they are sent; ``norm_deviation`` is that
+of the norms by which gradients are clipped, in every step where they are. ``to_full`` is the distance to the weights of
+``gradients="full"``, where the bases are the same: without accumulation and clip. DeepSpeed's bf16 matrices have no
+master copy then, and what their rounding to nearest loses is in the figure: fp32 rows show the arithmetic.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ from typing import Any
 import torch
 from cases import Case, run_case
 from harness import LAYOUTS
+from projected_cases import run_projected
 from rank_pool import RankPool
 from table import Row, json_argument, show
 
@@ -82,7 +89,8 @@ def main() -> None:
         for variant, case in cases(ranks):
             if args.selection not in (None, case.selection):
                 continue
-            rows.append((method_row if args.rows == "methods" else case_row)(pool, variant, case))
+            row = {"methods": method_row, "projected": projected_row}.get(args.rows, case_row)
+            rows.append(row(pool, variant, case))
             print(*rows[-1].values(), flush=True)
         pool.close()
     show(rows, f"Deviation from the one-process reference, as a share of the distance moved{what}", args.json)
@@ -125,11 +133,26 @@ def methods_grid(ranks: int) -> Iterator[tuple[str, Case]]:
             yield "", Case(layout="fsdp2", dtype="fp64", rule=rule, selection=selection, moments=carry)
 
 
+def projected_grid(ranks: int) -> Iterator[tuple[str, Case]]:
+    """Projected gradients under every layout, accumulated and not, clipped and not."""
+    for layout in LAYOUTS:
+        if layout == "one" and ranks > 1:
+            continue
+        for dtype in ("fp32", "bf16") if layout.startswith("zero") else ("fp64", "fp32", "bf16"):
+            for accumulation in (1, 4):
+                for clip in (0.0, 0.3):
+                    yield (
+                        "",
+                        Case(layout=layout, dtype=dtype, gradients="projected", accumulation=accumulation, clip=clip),
+                    )
+
+
 # --rows -> its cases, what it is called, on how many ranks.
 GRIDS: dict[str, tuple[Callable[[int], Iterator[tuple[str, Case]]], str, tuple[int, ...]]] = {
     "full": (grid, "", (1, 2, 3, 4)),
     "deficient": (deficient_grid, ": gradients with fewer directions than r", (1, 2, 3, 4)),
     "methods": (methods_grid, ": methods", (2, 3)),
+    "projected": (projected_grid, ": projected gradients", (1, 2, 3, 4)),
 }
 
 
@@ -150,6 +173,34 @@ def method_row(pool: RankPool, variant: str, case: Case) -> Row:
         small.append(_worst_rank(pool, replace(case, shapes="columns", wide_on_columns=True, **r)))
     large = not variant and pool.size == 3 and case.dtype != "bf16"
     return _row(pool, variant, case, small, _worst_rank(pool, replace(case, **{**LARGE, **r})) if large else None)
+
+
+def projected_row(pool: RankPool, variant: str, case: Case) -> Row:
+    """All small shapes in one model, and the large ones where the dtype has the digits."""
+    case = replace(case, layers=1, gap=3, steps=7)
+    alike = case.accumulation == 1 and not case.clip
+    cases = [replace(case, shapes="mixed", rank=3)]
+    if case.dtype != "bf16" and alike:
+        cases.append(replace(case, **{**LARGE, "accumulation": 1}))
+    results = []
+    for one in cases:
+        answers = pool.run(run_projected, one, with_full=alike)
+        first = answers[0]
+        first["ranks_equal"] = all(a["ranks_equal"] and a["replicas_equal"] and a["model_equal"] for a in answers)
+        results.append(first)
+    return {
+        "layout": case.layout,
+        "ranks": pool.size,
+        "dtype": case.dtype,
+        "accumulation": case.accumulation,
+        "clip": case.clip,
+        "deviation": max(r["deviation"] for r in results),
+        "basis_deviation": max(r["basis_deviation"] for r in results),
+        "norm_deviation": max(r["norm_deviation"] for r in results) if case.clip else None,
+        "ranks_equal": all(r["ranks_equal"] for r in results),
+        "clipped": min(r["clipped"] for r in results),
+        "to_full": max(r["to_full"] for r in results) if alike else None,
+    }
 
 
 def _row(pool: RankPool, variant: str, case: Case, small: Sequence[dict[str, Any]], real: dict[str, Any] | None) -> Row:
