@@ -86,7 +86,8 @@ class Clipping:
             RuntimeError: naming a parameter.
         """
         for m in self._others:
-            if m.held is not None and m.held.grad is not None:
+            # Zeros are what DCP makes a step of, to have all states before it loads them.
+            if m.held is not None and m.held.grad is not None and bool(local_tensors([m.held.grad])[0].any()):
                 raise RuntimeError(
                     f"{m.name} {m.shape} has a gradient that was not projected: its hook came after the backward pass. "
                     "Call ds_lowrank.describe(optimizer) before the first one (and after the model was wrapped)"
